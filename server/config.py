@@ -167,6 +167,15 @@ def c_compiler() -> str | None:
     return shutil.which("gcc") or shutil.which("clang")
 
 
+def keep_nccl_local() -> None:
+    """Let nccl listen on the loopback interface, for this process and its children.
+
+    By itself nccl listens on one that other machines reach. NCCL_SOCKET_IFNAME, if the user set it,
+    stays as it is.
+    """
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+
+
 def set_threads(options: ThreadOptions, num_ranks: int = 1) -> str:
     """Set the number of threads and how torch's wait, for this process and its children.
 

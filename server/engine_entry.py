@@ -5,12 +5,14 @@ import os
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
+from engine.executors.executor import RankedExecutor
 from engine.executors.parallel.group import RankLostError
 from engine.loaded_patches import PatchSource
 from engine.messages import EngineRefused
@@ -82,7 +84,8 @@ def build_engine(
         RankLostError: as ``parallel_executor``.
     """
     # report an unusable device now, before minutes are spent on preparing the model
-    device = device or chosen_device(settings.model, settings.engine)
+    several = settings.nodes is not None
+    device = device or chosen_device(settings.model, settings.engine, on_several_machines=several)
     folder = prepare(settings.folder)
     serves_patches = serves_patches and settings.engine.max_patches > 0
     if serves_patches and (reason := read_config(folder).model.patch_refusal):
@@ -99,10 +102,11 @@ def build_engine(
     )
     patch_source: PatchSource | None = None
     if serves_patches:
-        patch_source = PatchLoader(folder, checkpoint.model, device)
+        # each rank moves its columns of a patch to its device
+        place = device if settings.model.tensor_parallel == 1 else torch.device("cpu")
+        patch_source = PatchLoader(folder, checkpoint.model, place)
     if settings.model.tensor_parallel > 1:
-        arguments = settings.model, folder, settings.engine, settings.log_format, on_rank_death
-        executor = parallel_executor(*arguments, settings.nodes)
+        executor = _ranked_executor(settings, folder, device, on_rank_death)
         if patch_source is not None:
             patch_source = RankPatches(patch_source, executor.share_patch)
         eos_ids, engine = checkpoint.eos_ids, settings.engine
@@ -113,6 +117,23 @@ def build_engine(
             raise
     loaded = load_served(settings.model, folder, settings.engine, device, keep_stored=True)
     return served_engine(loaded, settings.engine, grammars, patch_source)
+
+
+def _ranked_executor(
+    settings: EngineSettings,
+    folder: Path,
+    device: torch.device,
+    on_rank_death: Callable[[], object],
+) -> RankedExecutor:
+    """The executor of tensor-parallel ranks, on CPUs or from GPU ``device`` on."""
+    arguments = settings.model, folder, settings.engine
+    if device.type == "cpu":
+        more = settings.log_format, on_rank_death, settings.nodes
+        return parallel_executor(*arguments, *more)
+    # imports triton, which a CPU does not need
+    from server.parallel_gpu import gpu_parallel_executor
+
+    return gpu_parallel_executor(*arguments, device, settings.log_format, on_rank_death)
 
 
 def served_engine(

@@ -66,7 +66,7 @@ class ModelOptions:
         default=1,
         metadata={
             "metavar": "N",
-            "help": "processes that share the model (CPU only)",
+            "help": "processes, or GPUs, that share the model",
         },
     )
     table_tier: str = field(

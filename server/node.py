@@ -24,6 +24,7 @@ from engine.executors.parallel.node_handshake import HandshakeError
 from engine.executors.parallel.ranks import Ranks
 from engine.process import EngineFailedError, EngineLostError
 from server.config import cache_folder
+from server.device import chosen_device
 from server.logs import say
 from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
@@ -51,12 +52,13 @@ def run_node(
 
     Raises:
         CheckpointError: the model cannot be served.
-        ConfigError: a setting does not fit the model, or node 0 refuses this node.
+        ConfigError: a setting does not fit the model or a CPU, or node 0 refuses this node.
         EngineFailedError: node 0 does not answer, or a rank could not load.
         EngineLostError: node 0, or a rank, has ended.
     """
     signal.signal(signal.SIGTERM, _exit)
     config = patches.engine_config(engine)
+    chosen_device(model, config, on_several_machines=True)
     folder = prepare(find_served(model.model, model.memory_adapter, cache_folder()))
     share, settings = planned(model, folder, config, monitoring.log_format, nodes.ranks(nodes.node))
     join = NodeJoin(nodes.node, traits_of(share, settings, config), settings.num_blocks)

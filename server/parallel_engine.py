@@ -17,7 +17,7 @@ from engine.executors.eager import EagerExecutor
 from engine.executors.parallel.channel import Channel
 from engine.executors.parallel.executor import ParallelExecutor
 from engine.executors.parallel.group import RankGroup, RankLostError
-from engine.executors.parallel.messages import MeetOthers, RankReady, RankRefused
+from engine.executors.parallel.messages import MeetOthers, RankReady
 from engine.executors.parallel.native_layers import use_native_layers
 from engine.executors.parallel.network_store import NetworkPlace, NetworkStore
 from engine.executors.parallel.node_listener import NodeListener
@@ -33,17 +33,11 @@ from server.model_loading import plan_loading
 from server.model_options import ModelOptions
 from server.node_options import NodeSettings
 from server.node_traits import difference, node_traits
-from server.rank_share import first_share
-from weights.checkpoints.checkpoint import (
-    check_no_table_options,
-    open_checkpoint,
-    serving_dtype,
-)
+from server.rank_loading import checked_share, loaded_or_refused
+from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.machine_bytes import machine_bytes
-from weights.checkpoints.shard_loading import checked_layout, load_share
+from weights.checkpoints.shard_loading import load_share
 from weights.checkpoints.table_loading import check_checksums
-from weights.errors import CheckpointError
-from weights.lack_of_memory import lack_of_memory
 
 RANK_ENTRY = "server.parallel_engine:main"
 # nodes may download their model first
@@ -178,17 +172,11 @@ def planned(
     Raises:
         CheckpointError, ConfigError: as ``parallel_executor``.
     """
-    checkpoint, stored = open_checkpoint(folder)
-    config = checkpoint.model
-    share = first_share(options, engine.kv_dtype, config)
-    tables = [stored[name] for name in config.table_names]
-    if not tables:
-        check_no_table_options(None, options.table_dtype, options.verify_tables)
-    for one in tables:
-        checked_layout(one, options.table_dtype, share)
-    dense = {name: one for name, one in stored.items() if name not in config.table_names}
-    dtype = serving_dtype(checkpoint, stored, options.dtype)
-    machine = machine_bytes(dense, tables, share, ranks, dtype, options.table_dtype)
+    checked = checked_share(options, folder, engine)
+    share, config = checked.share, checked.share.config
+    machine = machine_bytes(
+        checked.weights, checked.tables, share, ranks, checked.dtype, options.table_dtype
+    )
     plan = plan_loading(options, folder, engine, _CPU, keep_stored=False, machine=machine)
     if plan.shares.cache_bytes is not None:
         part = "whole" if len(ranks) == share.size else "its ranks' part of the"
@@ -196,7 +184,7 @@ def planned(
             f"tensor_parallel: needs memory for {part} value tables; this machine has too little"
         )
     if options.verify_tables:
-        check_checksums(tables)
+        check_checksums(checked.tables)
     if plan.shares.kv_bytes is not None:
         engine = replace(engine, kv_cache_gib=machine.whole_kv_bytes(plan.shares.kv_bytes) / 2**30)
     # the memory of all ranks together, so that all have the same number of blocks
@@ -220,20 +208,15 @@ def main(connection: Channel, settings: RankSettings) -> None:
     set_up_logs(model.log_format)
     spread_over_nodes(os.sched_getaffinity(0))
     group = RankGroup(settings.rank, settings.size)
-    try:
+
+    def load() -> EagerExecutor:
         config = open_checkpoint(model.folder)[0].model
         share = RankShare(config, settings.rank, settings.size, model.table_sharding)
-        loaded = model.load(share, group)
         sizes = model.num_blocks, model.block_size
-        executor = EagerExecutor(loaded, *sizes, kv_config=share.kv_config)
-    except (CheckpointError, ConfigError) as error:
-        connection.send(RankRefused(str(error)))
-        return
-    except (MemoryError, OSError, RuntimeError) as error:
-        reason = lack_of_memory(error)
-        if reason is None:
-            raise
-        connection.send(RankRefused(reason))
+        return EagerExecutor(model.load(share, group), *sizes, kv_config=share.kv_config)
+
+    executor = loaded_or_refused(connection, load)
+    if executor is None:
         return
     try:
         connection.send(RankReady())

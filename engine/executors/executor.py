@@ -18,6 +18,7 @@ from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import KvMemoryError
 from engine.model.config import ModelConfig
 from engine.model.grouped_layers import group_formats
+from engine.model.row_patches import RowPatch
 from engine.model.transformer import Transformer, converted
 from engine.model.weight_bits import WEIGHT_BITS
 from engine.progress import Progress
@@ -72,6 +73,18 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """End processes that the executor started, if any; call nothing afterwards."""
+        ...
+
+
+class RankedExecutor(Executor, Protocol):
+    """The executor of rank 0 of a tensor-parallel model."""
+
+    def share_patch(self, patch: RowPatch) -> RowPatch:
+        """Give each rank its columns of a patch on the CPU; returns rank 0's. Any thread may call.
+
+        Raises:
+            RankLostError: a rank has died.
+        """
         ...
 
 

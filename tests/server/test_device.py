@@ -26,14 +26,16 @@ def _all_messages(caplog):
 def gpus(monkeypatch):
     """Installs a fake torch.cuda with GPUs of these compute capabilities."""
 
-    def install(*capabilities, cuda="13.0", hip=None):
+    def install(*capabilities, cuda="13.0", hip=None, names=None, has_nccl=True):
+        names = names or [f"GPU {index}" for index in range(len(capabilities))]
         fake = SimpleNamespace(
             is_available=lambda: bool(capabilities),
             device_count=lambda: len(capabilities),
             get_device_capability=lambda device: capabilities[device],
-            get_device_name=lambda device: f"GPU {device.index}",
+            get_device_name=lambda device: names[device.index],
         )
         monkeypatch.setattr(torch, "cuda", fake)
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.version, "hip", hip)
 
@@ -128,6 +130,59 @@ def test_a_gpu_refuses_settings_that_need_a_cpu_and_auto_takes_the_cpu(
     assert chosen("auto") == torch.device("cpu")
     option = name.replace("_", "-")
     assert caplog.messages == [f"device: cpu (auto: --{option} {value} needs the CPU)"]
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("cuda", "device: cuda:0 to cuda:1, H (--device cuda)"),
+        ("auto", "device: cuda:0 to cuda:1, H (auto takes a usable GPU)"),
+        ("cuda:1", "device: cuda:1 to cuda:2, H (--device cuda:1)"),
+    ],
+)
+def test_tensor_parallel_ranks_take_the_gpus_from_the_chosen_one_on(gpus, caplog, option, line):
+    gpus(*[(9, 0)] * 3, names=["H"] * 3)
+    found = chosen_device(ModelOptions(device=option, tensor_parallel=2))
+    assert found == torch.device("cuda", int(option == "cuda:1"))
+    assert caplog.messages == [line]
+
+
+@pytest.mark.parametrize(
+    ("option", "gpu", "problem"),
+    [
+        ("cuda", {}, "4 ranks from cuda:0 on need one GPU each, but torch finds 3 GPUs"),
+        ("cuda:1", {"ranks": 3}, "3 ranks from cuda:1 on need one GPU each, but torch finds 3"),
+        ("cuda", {"ranks": 3, "has_nccl": False}, "this build of torch has no nccl"),
+        (
+            "cuda",
+            {"ranks": 3, "names": ["H", "H", "A"]},
+            "all ranks need the same kind of GPU, but cuda:2 is A",
+        ),
+    ],
+)
+def test_gpus_that_ranks_cannot_use_are_refused_and_auto_takes_the_cpu(
+    gpus, caplog, option, gpu, problem
+):
+    ranks = gpu.pop("ranks", 4)
+    gpus(*[(9, 0)] * 3, **({"names": ["H"] * 3} | gpu))
+    with pytest.raises(ConfigError, match=f"^tensor_parallel: {problem}.*; use --device cpu$"):
+        chosen_device(ModelOptions(device=option, tensor_parallel=ranks))
+    if option == "cuda":
+        assert chosen_device(ModelOptions(tensor_parallel=ranks)) == torch.device("cpu")
+        assert caplog.messages == [f"device: cpu (auto: {problem})"]
+
+
+def test_ranks_on_several_machines_need_the_cpu(gpus, caplog):
+    gpus((9, 0), (9, 0), names=["H", "H"])
+
+    def chosen(device):
+        model = ModelOptions(device=device, tensor_parallel=2)
+        return chosen_device(model, on_several_machines=True)
+
+    with pytest.raises(ConfigError, match="^nnodes: above 1 is not supported on a GPU yet"):
+        chosen("cuda")
+    assert chosen("auto") == chosen("cpu") == torch.device("cpu")
+    assert caplog.messages[0] == "device: cpu (auto: --nnodes above 1 needs the CPU)"
 
 
 def test_a_gpu_needs_triton(gpus, monkeypatch):

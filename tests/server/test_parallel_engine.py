@@ -118,36 +118,46 @@ def test_a_stopped_rank_ends_with_a_killed_engine(dense_folder):
         assert server.process.wait(60) == 1
 
 
+BODY = {"prompt": "to be", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+
+
+def check_death(server):
+    """Kill rank 1 while a request runs: the server says so, and ends with status 1.
+
+    Returns the answer to an earlier request, ``BODY``.
+    """
+    first = server.complete(**BODY)
+    assert first.status_code == 200 and first.json()["usage"]["completion_tokens"] == 12
+    _, rank = engine_and_rank(server)
+    lines = []
+    endless = BODY | {"max_tokens": 480, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=endless) as response:
+        for line in response.iter_lines():
+            if not lines:
+                os.kill(rank, signal.SIGKILL)
+            lines.append(line)
+    last = [json.loads(one[6:]) for one in lines if one.startswith("data: {")][-1]
+    assert "the engine process has died" in last["error"]["message"]
+    assert server.process.wait(60) == 1
+    errors = server.process.stderr.read()
+    assert f"tensor-parallel rank 1 (process {rank}) died (exit -9)" in errors
+    assert "the engine process has died" in errors
+    return first.json()["choices"]
+
+
 @pytest.mark.slow
 def test_a_server_whose_rank_is_killed_says_so_and_ends(memory_plus_folder):
     with running(memory_plus_folder, "--tensor-parallel", "2") as server:
-        body = {"prompt": "to be", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-        first = server.complete(**body)
-        assert first.status_code == 200 and first.json()["usage"]["completion_tokens"] == 12
-        _, rank = engine_and_rank(server)
-        lines = []
-        endless = body | {"max_tokens": 480, "stream": True}
-        with server.http.stream("POST", "/v1/completions", json=endless) as response:
-            for line in response.iter_lines():
-                if not lines:
-                    os.kill(rank, signal.SIGKILL)
-                lines.append(line)
-        last = [json.loads(one[6:]) for one in lines if one.startswith("data: {")][-1]
-        assert "the engine process has died" in last["error"]["message"]
-        assert server.process.wait(60) == 1
-        errors = server.process.stderr.read()
-        assert f"tensor-parallel rank 1 (process {rank}) died (exit -9)" in errors
-        assert "the engine process has died" in errors
+        assert check_death(server)
 
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_with_its_engine(memory_plus_folder):
     with running(memory_plus_folder, "--tensor-parallel", "2", "--engine-restarts", "1") as server:
-        body = {"prompt": "to be", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-        answer = server.complete(**body).json()["choices"]
+        answer = server.complete(**BODY).json()["choices"]
         old = engine_and_rank(server)
         os.kill(old[1], signal.SIGKILL)
-        while (again := server.complete(**body)).status_code != 200:
+        while (again := server.complete(**BODY)).status_code != 200:
             assert again.status_code in (500, 503)
         assert again.json()["choices"] == answer
         assert not set(old) & set(engine_and_rank(server))

@@ -1,6 +1,6 @@
 """Loads the share of one tensor-parallel rank: its parts of the weights and of the value tables."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.executors.parallel.group import RankGroup
+from engine.executors.parallel.collectives import Collectives
 from engine.executors.parallel.sharded_model import rank_model
 from engine.executors.parallel.shares import RankShare
 from engine.executors.parallel.tables import shared_table
 from engine.model.transformer import Transformer
+from memory_ops.checks import Table
 from memory_ops.row_formats import INT4_GROUP, RowRecords, record_columns
 from memory_ops.tables.device import DeviceTable
 from weights.checkpoints.checkpoint import open_checkpoint
@@ -33,10 +34,11 @@ from weights.checkpoints.tied_head import EMBEDDING, HEAD
 def load_share(
     folder: Path,
     share: RankShare,
-    group: RankGroup,
+    group: Collectives,
     dtype: torch.dtype,
     table_dtype: str = "auto",
     device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    make_part: Callable[[Table], DeviceTable] = DeviceTable,
 ) -> Transformer:
     """Load one rank's model, with its tables; no rank has the whole model in memory.
 
@@ -51,6 +53,7 @@ def load_share(
         dtype: dtype of the weights.
         table_dtype: one of ``TABLE_DTYPES``, or auto, which keeps the stored dtype.
         device: where the model runs.
+        make_part: makes this rank's part of a table from its rows.
 
     Raises:
         CheckpointError, ConfigError: as ``load_model``.
@@ -65,16 +68,16 @@ def load_share(
 
     def part(name: str, weight: Tensor) -> Tensor:
         found = share.part(name)
-        return weight if found is None else found.of(weight)
+        # at once, so that the host has one weight at a time in memory if this is a GPU
+        return (weight if found is None else found.of(weight)).to(device)
 
-    weights = dense_mapped_weights(stored, dtype, inputs, part)
-    model.load_state_dict({name: one.to(device) for name, one in weights.items()}, assign=True)
+    model.load_state_dict(dense_mapped_weights(stored, dtype, inputs, part), assign=True)
     model.rope_frequencies = model.rope_frequencies.to(device)
     with progress_bar("tables", tables) as progress:
         loaded = {}
         for one in tables:
-            rows = _share_of_rows(one, layouts[one.name], share, progress.update)
-            loaded[one.name] = shared_table(DeviceTable(_moved(rows, device)), share, group)
+            rows = _share_of_rows(one, layouts[one.name], share, device, progress.update)
+            loaded[one.name] = shared_table(make_part(rows), share, group)
     model.attach_tables(loaded)
     return model.eval().requires_grad_(False)
 
@@ -91,6 +94,18 @@ def copied_bytes(stored: Mapping[str, StoredTensor], share: RankShare, dtype: to
         if share.part(name) is None and not is_mapped(name, one, dtype)
     }
     return weight_bytes(copied, dtype, {})
+
+
+def share_bytes(share: RankShare, group: Collectives, dtype: torch.dtype) -> int:
+    """Bytes in ``dtype`` of one rank's weights, without the tables, if it maps none of them."""
+    weights: Mapping[str, Tensor] = rank_model(share, group).state_dict()
+    return dtype.itemsize * sum(one.numel() for one in weights.values())
+
+
+def table_share_bytes(tables: Sequence[StoredTensor], table_dtype: str, share: RankShare) -> int:
+    """Bytes of this rank's part of the tables; errors as ``checked_layout``."""
+    layouts = (checked_layout(one, table_dtype, share) for one in tables)
+    return sum(share_layout(layout, share).num_bytes for layout in layouts)
 
 
 def is_mapped(name: str, stored: StoredTensor | None, dtype: torch.dtype) -> bool:
@@ -130,16 +145,24 @@ def share_layout(layout: RowLayout, share: RankShare) -> RowLayout:
 
 
 def _share_of_rows(
-    stored: StoredTensor, layout: RowLayout, share: RankShare, on_bytes: OnBytes
+    stored: StoredTensor,
+    layout: RowLayout,
+    share: RankShare,
+    device: torch.device,
+    on_bytes: OnBytes,
 ) -> Tensor | RowRecords:
-    """This rank's rows, or its columns of all rows, in memory."""
+    """This rank's rows, or its columns of all rows, in the memory of a device."""
     made, columns = share_layout(layout, share), share.read_columns
     if share.table_sharding == "rows":
         stored = stored.row_range(share.read_rows)
         layout = replace(layout, shape=(len(share.read_rows), *layout.shape[1:]))
-    target, first = allocated_rows(made, "device", stored.name), 0
-    row_bytes = stored.num_bytes // stored.shape[0]
+    if device.type == "cpu":
+        target = allocated_rows(made, "device", stored.name)
+    else:
+        target = torch.empty(made.shape, dtype=made.dtype, device=device)
+    first, row_bytes = 0, stored.num_bytes // stored.shape[0]
     for part in _parts(stored, layout, columns):
+        # waits for a copy to a GPU, so that the next part can reuse the buffer
         target[first : first + len(part)].copy_(part)
         first += len(part)
         on_bytes(row_bytes * len(part))
@@ -155,9 +178,3 @@ def _parts(stored: StoredTensor, layout: RowLayout, columns: range) -> Iterator[
             yield part
         else:
             yield record_columns(RowRecords(part, *layout.records), columns).records_RB
-
-
-def _moved(rows: Tensor | RowRecords, device: torch.device) -> Tensor | RowRecords:
-    if isinstance(rows, Tensor):
-        return rows.to(device)
-    return replace(rows, records_RB=rows.records_RB.to(device))

@@ -25,6 +25,7 @@ from engine.executors.cuda.step_inputs import MOST_UPDATES, InputLayout, InputWr
 from engine.executors.cuda.step_runner import Inputs, StepRunner
 from engine.executors.cuda.traced_tokens import TracedTokens
 from engine.executors.memory_recorder import MemoryRecorder
+from engine.executors.parallel.tables import SharedTable
 from engine.progress import Progress
 from engine.sampling.logit_rules import apply_rules
 from memory_ops.tables.device import DeviceTable
@@ -59,10 +60,10 @@ class CudaExecutor:
             table.watch(self.progress.mark)
         self._device, self._memories = device, model.memories
         self._state = DeviceState.allocate(
-            model.config, config, num_blocks, model.dtype, model.device
+            model.kv_config, config, num_blocks, model.dtype, model.device
         )
         self._block_table = DeviceBlockTable(self._state.block_table_PB, device)
-        shapes = model.config
+        shapes = model.kv_config
         splits = Splits(shapes.num_kv_heads, shapes.head_dim, device.num_processors)
         self._buckets = Buckets(config.max_num_seqs, config.max_batched_tokens, splits)
         tokens = config.max_batched_tokens
@@ -228,5 +229,5 @@ class CudaExecutor:
         """Count the lookups of tables that do not count on the device: a graph calls no table."""
         for memory in self._memories:
             for table in memory.tables:
-                if isinstance(table, DeviceTable):
+                if isinstance(table, DeviceTable | SharedTable):
                     table.count(num_tokens * memory.num_references, memory.index)

@@ -43,7 +43,10 @@ class GraphPieces:
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        context = torch.cuda.graph(graph, pool=self._pool, stream=self._stream)
+        # with the default, calls of other threads, such as nccl's, make a capture fail
+        context = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
         context.__enter__()
         self._current = graph, context
 

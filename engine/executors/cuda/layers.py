@@ -11,6 +11,7 @@ from engine.executors.cuda.kernels.rotate_and_store import rotate_and_store
 from engine.executors.cuda.memory import CudaMemory, Pieces
 from engine.executors.cuda.mixture import CudaMixture
 from engine.executors.cuda.products import joined, norm_of
+from engine.executors.cuda.rank_products import output_product
 from engine.executors.cuda.step_tokens import StepTokens
 from engine.model.attention import Attention
 from engine.model.feed_forward import DenseFeedForward
@@ -37,7 +38,7 @@ class CudaLayer:
         self._norm = norm_of(layer.input_layernorm)
         self._qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self._head_norm = _head_norm(attention)
-        self._out = joined(attention.o_proj)
+        self._out = output_product(attention.o_proj)
         norm = layer.post_attention_layernorm
         self.memory = None if layer.memory is None else CudaMemory(layer.memory, norm)
         self._feed_forward = _feed_forward(layer.feed_forward, norm)
@@ -87,7 +88,7 @@ class CudaDense:
     def __init__(self, dense: DenseFeedForward, norm: RmsNorm) -> None:
         self._norm = norm_of(norm)
         self._gate_up = joined(dense.gate_proj, dense.up_proj)
-        self._down = joined(dense.down_proj)
+        self._down = output_product(dense.down_proj)
 
     def run(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> Tensor:
         return self.add(self.hidden(residual_TD), residual_TD)

@@ -10,6 +10,7 @@ from torch.nn.functional import gelu
 from engine.executors.cuda.kernels.rms_norm import Norm, rms_norm
 from engine.executors.cuda.kernels.silu_gate import silu_gate
 from engine.executors.cuda.products import joined, norm_of
+from engine.executors.cuda.rank_products import output_product
 from engine.executors.cuda.step_tokens import StepTokens
 from engine.executors.lookahead import PredictedMemory
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
@@ -34,7 +35,8 @@ class CudaMemory:
         self._gate = None if memory.gate is None else joined(memory.gate)
         # scale this product's bias too: y is linear in the rows only without it
         self._scale = None if memory.scalar_gate is None else float(memory.scalar_gate)
-        self._value = None if memory.value_proj is None else joined(memory.value_proj)
+        value = memory.value_proj
+        self._value = None if value is None else output_product(value)
         if self._value is not None and self._scale is not None:
             self._value = self._value.with_scaled_bias(self._scale)
         output_gate = memory.output_gate

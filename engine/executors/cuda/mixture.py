@@ -1,11 +1,13 @@
 """A mixture of experts on the GPU, without waiting for the router's choices."""
 
+import torch
 from torch import Tensor
 
 from engine.executors.cuda.kernels import mixture as kernels
 from engine.executors.cuda.kernels.rms_norm import rms_norm
 from engine.executors.cuda.products import joined, joined_experts, norm_of
 from engine.executors.cuda.step_tokens import StepTokens
+from engine.executors.parallel.layers import SummedMixture
 from engine.model.forward_trace import ForwardTrace
 from engine.model.mixture import Expert, MixtureFeedForward
 from engine.model.norm import RmsNorm
@@ -16,6 +18,8 @@ class CudaMixture:
 
     def __init__(self, mixture: MixtureFeedForward, norm: RmsNorm) -> None:
         self._norm, self._top_k = norm_of(norm), mixture.top_k
+        # a rank's experts have some of their columns
+        self._group = mixture.group if isinstance(mixture, SummedMixture) else None
         self._router = joined(mixture.gate)
         experts = [expert for expert in mixture.experts if isinstance(expert, Expert)]
         assert len(experts) == len(mixture.experts)
@@ -28,4 +32,8 @@ class CudaMixture:
         logits_TE = self._router(x_TD)
         trace.router_logits.append(logits_TE)
         weights = self._gate_up_E2IK, self._down_EDI
-        return kernels.mixture(residual_TD, x_TD, logits_TE, *weights, self._top_k)
+        if self._group is None:
+            return kernels.mixture(residual_TD, x_TD, logits_TE, *weights, self._top_k)
+        part_TD = torch.zeros_like(residual_TD)
+        kernels.mixture(part_TD, x_TD, logits_TE, *weights, self._top_k)
+        return residual_TD.add_(self._group.sum(part_TD))

@@ -62,6 +62,8 @@ def num_kv_blocks(
     itemsize: int,
     memory: DeviceMemory,
     run_largest: Callable[[], None],
+    *,
+    has_tiers: bool = True,
 ) -> int:
     """Number of KV blocks that fit, or that ``kv_cache_gib`` asks for; at most enough for all
     sequences.
@@ -69,6 +71,7 @@ def num_kv_blocks(
     Args:
         itemsize: bytes of a number in the KV cache, unless its dtype is set.
         run_largest: runs the largest step and waits for it.
+        has_tiers: the tables could be in another tier, which an error then suggests.
 
     Raises:
         ConfigError: the blocks do not fit.
@@ -95,10 +98,13 @@ def num_kv_blocks(
         *(in_use / _GIB, (2 * peak + reserved) / _GIB),
     )
     if found < 1 or (config.kv_cache_gib is not None and found < wanted):
-        lower = "" if config.kv_cache_gib is None else "--kv-cache-gib, "
+        options = [] if config.kv_cache_gib is None else ["--kv-cache-gib"]
+        options += ["--table-cache"] if has_tiers else []
+        lower = " or ".join([*options, "--max-batched-tokens"])
+        use = "--table-tier host" if has_tiers else "more ranks"
         raise ConfigError(
             f"kv_cache_gib: weights, tables and steps leave {max(left, 0) / _GIB:.2f} GiB of the"
-            f" GPU; lower {lower}--table-cache or --max-batched-tokens, use --table-tier host or"
-            " --table-dtype int8, or raise --gpu-memory-utilization"
+            f" GPU; lower {lower}, use {use} or --table-dtype int8, or raise"
+            " --gpu-memory-utilization"
         )
     return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +16,24 @@ from engine.executors.cuda.kernels.embed import embed
 from engine.executors.cuda.layers import CudaLayer
 from engine.executors.cuda.memory import CudaMemory
 from engine.executors.cuda.micro_batches import run_layers, split_rule
-from engine.executors.cuda.products import Product, norm_of, weight_of
+from engine.executors.cuda.products import norm_of, weight_of
+from engine.executors.cuda.rank_products import head_of
 from engine.executors.cuda.step_tokens import StepTokens
 from engine.executors.lookahead import Lookahead, LookaheadConfig
 from engine.executors.micro_batch_count import MicroBatchCount
+from engine.executors.parallel.device_group import DeviceGroup
+from engine.executors.parallel.shares import RankShare
 from engine.model.forward_trace import ForwardTrace
 from engine.model.rotary import rope_angles
 from engine.model.transformer import Transformer
 from memory_ops.tables.gpu_disk import GpuDiskTable
+
+
+class DeviceRank(NamedTuple):
+    """A tensor-parallel rank: its share of the model, and the group of all ranks."""
+
+    share: RankShare
+    group: DeviceGroup
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,20 @@ class DeviceModel:
 
     Attributes:
         config: the model's shapes.
+        kv_config: the same, with the heads that this process has.
         tables: the model's value tables by name.
         micro_batches: the number of micro-batches of each step, if the tables are on disk.
         dtype: dtype of the residual stream, and of keys and values unless they are fp8.
         device: where the weights are.
     """
 
-    def __init__(self, model: Transformer, lookahead: LookaheadConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        lookahead: LookaheadConfig | None = None,
+        rank: DeviceRank | None = None,
+    ) -> None:
+        """``rank`` is given if the model is the share of a tensor-parallel rank."""
         self.config, self.tables = model.config, model.tables
         norm_D = model.model.norm.weight
         self.dtype, self.device = norm_D.dtype, norm_D.device
@@ -62,8 +80,10 @@ class DeviceModel:
         # computed on the CPU: the bits of the CPU executor
         cos, sin = rope_angles(positions_P, model.rope_frequencies.cpu(), model.rope_amplitude)
         self._angles = cos.to(self.device), sin.to(self.device)
-        self._layers = [CudaLayer(layer, model.config.num_heads) for layer in model.layers]
-        self._norm, self._head = norm_of(model.model.norm), Product(weight_of(model.head))
+        self._group = None if rank is None else rank.group
+        self.kv_config = model.config if rank is None else rank.share.kv_config
+        self._layers = [CudaLayer(layer, self.kv_config.num_heads) for layer in model.layers]
+        self._norm, self._head = norm_of(model.model.norm), head_of(model)
         is_on_disk = all(isinstance(table, GpuDiskTable) for table in self.tables.values())
         weight_bytes = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
         split_memories = self.memories if is_on_disk else []
@@ -81,6 +101,9 @@ class DeviceModel:
     ) -> StepOutputs:
         """Run a step of this shape; its inputs are those of ``InputLayout``."""
         update_block_table(state.block_table_PB, inputs["updates"], inputs["counts"][:1])
+        if self._group is not None:
+            # rank 0 chooses the tokens, maybe after the step
+            self._group.copy_from_first(state.last_token_P)
         ids_T, width = inputs["ids"], self.config.hidden_size
         residual_TD = torch.empty(len(ids_T), width, dtype=self.dtype, device=self.device)
         embed(ids_T, state.last_token_P, self._embedding_VD, residual_TD)

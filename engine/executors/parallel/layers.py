@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from engine.executors.parallel.group import RankGroup
+from engine.executors.parallel.collectives import Collectives
 from engine.executors.parallel.shares import RankShare
 from engine.model.config import MixtureConfig
 from engine.model.forward_trace import ForwardTrace
@@ -17,7 +17,7 @@ from engine.model.uninitialised import Linear
 class SummedLinear(Linear):
     """A layer that has the weights of this rank's inputs: ``y = sum over ranks of W x, + b``."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, group: RankGroup) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, group: Collectives) -> None:
         super().__init__(inputs, outputs, bias=bias)
         self.group = group
 
@@ -29,20 +29,20 @@ class SummedLinear(Linear):
 class GatheredColumns(nn.Module):
     """The columns ``[T, V / size]`` of all ranks, for memory layers without value projection."""
 
-    def __init__(self, group: RankGroup) -> None:
+    def __init__(self, group: Collectives) -> None:
         super().__init__()
-        self._group = group
+        self.group = group
 
     def forward(self, x_TV: Tensor) -> Tensor:
-        return self._group.gather_columns(x_TV)
+        return self.group.gather_columns(x_TV)
 
 
 class SummedMixture(MixtureFeedForward):
     """A mixture with some of the inner columns of each expert, and the whole router."""
 
-    def __init__(self, config: MixtureConfig, columns: int, width: int, group: RankGroup) -> None:
+    def __init__(self, config: MixtureConfig, columns: int, width: int, group: Collectives) -> None:
         super().__init__(replace(config, expert_size=columns), width)
-        self._group = group
+        self.group = group
 
     def forward(
         self,
@@ -50,20 +50,20 @@ class SummedMixture(MixtureFeedForward):
         trace: ForwardTrace | None = None,
         patches: ForwardPatches | None = None,
     ) -> Tensor:
-        return self._group.sum(super().forward(x_TD, trace, patches))
+        return self.group.sum(super().forward(x_TD, trace, patches))
 
 
 class GatheredLogits:
     """Logits of all tokens, of which each rank computes some."""
 
-    def __init__(self, share: RankShare, group: RankGroup) -> None:
+    def __init__(self, share: RankShare, group: Collectives) -> None:
         self.share, self.group = share, group
-        self._width = -(-share.config.vocab_size // share.size)
+        self.width = -(-share.config.vocab_size // share.size)
 
     def __call__(self, hidden_LD: Tensor, weight_VD: Tensor) -> Tensor:
         """The product of the last hidden states with the head's whole weight ``[V, D]``."""
         own_LW = self.own_logits(hidden_LD, weight_VD)
-        own_LW = pad(own_LW, (0, self._width - own_LW.shape[1]))
+        own_LW = pad(own_LW, (0, self.width - own_LW.shape[1]))
         return self.group.gather_columns(own_LW)[:, : len(weight_VD)]
 
     def own_rows(self, weight_VD: Tensor) -> Tensor:

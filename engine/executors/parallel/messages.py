@@ -1,7 +1,7 @@
 """Messages between tensor-parallel ranks and nodes, as plain data without tensors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from engine.executors.batch import Batch
 from engine.executors.block_tables import BlockIds
+from engine.executors.cuda.buckets import StepShape
 from engine.model.row_patches import RowPatch, ScaledPatch
 from memory_ops.patches.patched_rows import PatchedRows
 
@@ -179,7 +180,38 @@ class AddPatch:
         return RowPatch(self.content_hash, {one: rows[at] for one, at in self.layers.items()})
 
 
-RankMessage = MeetOthers | RunForward | AddPatch
+@dataclass(frozen=True)
+class RunStep:
+    """One step of the CUDA executor; every rank runs it in this shape.
+
+    Attributes:
+        forward: the batch, in which ids of pending tokens name seats.
+        seats: see ``Batch``.
+    """
+
+    forward: RunForward
+    seats: tuple[int, ...]
+    shape: StepShape
+
+    @property
+    def freed(self) -> Sequence[int]:
+        """As in ``RunForward``."""
+        return self.forward.freed
+
+    def batch(self, patches: Mapping[int, RowPatch]) -> Batch:
+        """The batch, without the use of its logits; only rank 0 chooses tokens."""
+        return replace(self.forward.batch(patches), seats=self.seats)
+
+
+@dataclass(frozen=True)
+class CaptureStep:
+    """Capture the graph of this shape, which has run before."""
+
+    shape: StepShape
+    freed: Sequence[int] = ()
+
+
+RankMessage = MeetOthers | RunForward | AddPatch | RunStep | CaptureStep
 # from a rank of this machine, or from a node, to rank 0
 RankAnswer = RankReady | RankRefused | RankDied
 NodeAnswer = NodeJoin | RankAnswer

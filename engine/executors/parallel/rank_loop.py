@@ -1,9 +1,22 @@
 """Runs the forwards of a tensor-parallel rank other than 0, as rank 0 sends them."""
 
+from collections.abc import Callable, Mapping
+
+import torch
+
 from engine.executors.eager import EagerExecutor
 from engine.executors.parallel.channel import Channel
-from engine.executors.parallel.messages import AddPatch, MeetOthers, RankMessage
+from engine.executors.parallel.messages import (
+    AddPatch,
+    CaptureStep,
+    MeetOthers,
+    RankMessage,
+    RunForward,
+    RunStep,
+)
 from engine.model.row_patches import RowPatch
+
+Work = RunForward | RunStep | CaptureStep
 
 
 def run_rank(executor: EagerExecutor, connection: Channel) -> None:
@@ -13,6 +26,23 @@ def run_rank(executor: EagerExecutor, connection: Channel) -> None:
 
     Raises:
         RankLostError: another rank has ended.
+    """
+
+    def run(message: Work, patches: Mapping[int, RowPatch]) -> None:
+        assert isinstance(message, RunForward)
+        executor.logits(message.batch(patches))
+
+    follow(connection, executor.device, run)
+
+
+def follow(
+    connection: Channel,
+    device: torch.device,
+    run: Callable[[Work, Mapping[int, RowPatch]], None],
+) -> None:
+    """Call ``run`` with each message and the patches by number, until the connection closes.
+
+    The patches are on ``device``. Errors are those of ``run``.
     """
     patches: dict[int, RowPatch] = {}
     while True:
@@ -24,6 +54,6 @@ def run_rank(executor: EagerExecutor, connection: Channel) -> None:
         for number in message.freed:
             patches.pop(number, None)
         if isinstance(message, AddPatch):
-            patches[message.number] = message.patch().to(executor.device)
+            patches[message.number] = message.patch().to(device)
         else:
-            executor.logits(message.batch(patches))
+            run(message, patches)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from engine.executors.parallel.group import RankGroup
+from engine.executors.parallel.collectives import Collectives
 from engine.executors.parallel.layers import (
     GatheredColumns,
     GatheredLogits,
@@ -17,7 +17,7 @@ from engine.model.transformer import Transformer
 from engine.model.uninitialised import Linear
 
 
-def rank_model(share: RankShare, group: RankGroup) -> Transformer:
+def rank_model(share: RankShare, group: Collectives) -> Transformer:
     """A model on the meta device with the parameters of one rank, to which weights are assigned.
 
     It has the names of the whole model, and the shapes of ``RankShare.part``. Its forward gives the
@@ -37,7 +37,9 @@ def rank_model(share: RankShare, group: RankGroup) -> Transformer:
     return model
 
 
-def _of_rank(name: str, module: nn.Module, share: RankShare, group: RankGroup) -> nn.Module | None:
+def _of_rank(
+    name: str, module: nn.Module, share: RankShare, group: Collectives
+) -> nn.Module | None:
     """This rank's part of a module; None if the module stays as it is."""
     config = share.config
     if isinstance(module, MixtureFeedForward):

@@ -1,13 +1,15 @@
 """Value tables that tensor-parallel ranks share: by columns of every row, or by whole rows."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
-from engine.executors.parallel.group import RankGroup
+from engine.executors.parallel.collectives import Collectives
 from engine.executors.parallel.shares import RankShare
-from memory_ops.tables.device import DeviceTable
+from memory_ops import operations
+from memory_ops.tables.device import DeviceTable, ReadyLookup
 from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.tables.value_table import Lookup, RowSource, ValueTable
 
@@ -22,7 +24,7 @@ class _Joined(NamedTuple):
         return self.join(self.lookup.finish())
 
 
-class _SharedTable:
+class SharedTable:
     """A table of which this rank has a part in its device's memory.
 
     All ranks start and finish the same lookups in the same order. The result of ``start`` has this
@@ -34,7 +36,7 @@ class _SharedTable:
     fault = None
     fetched_capacity = None
 
-    def __init__(self, part: DeviceTable, share: RankShare, group: RankGroup) -> None:
+    def __init__(self, part: DeviceTable, share: RankShare, group: Collectives) -> None:
         """Take over this rank's part: its columns of all rows, or its rows."""
         assert share.config.memory is not None
         self._part, self._share, self._group = part, share, group
@@ -52,6 +54,10 @@ class _SharedTable:
         # kernels that read rows themselves would miss those of the other ranks
         return None
 
+    def count(self, num_references: int, layer: int) -> None:
+        """Count a lookup of that many row ids that a graph replays: it does not call ``start``."""
+        self._part.count(num_references, layer)
+
     def hint(self, rows: Tensor, layer: int = 0) -> None:
         """Does nothing: no row needs fetching."""
 
@@ -62,7 +68,17 @@ class _SharedTable:
         return self._part.statistics()
 
 
-class ColumnTable(_SharedTable):
+class CapturedPart(DeviceTable):
+    """A rank's part of a table whose lookups graphs capture; it leaves counting to the executor."""
+
+    def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
+        return ReadyLookup(partial(operations.gather_rows, self.rows, rows_THK, weights_THK))
+
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
+        return ReadyLookup(partial(operations.row_dots, self.rows, rows_THK, x_TV))
+
+
+class ColumnTable(SharedTable):
     """Each rank reads its columns of every row, as in arXiv 2412.09764, section 3.2."""
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
@@ -74,7 +90,7 @@ class ColumnTable(_SharedTable):
         return _Joined(self._part.start_dots(rows_THK, x_TC, layer), self._group.sum)
 
 
-class RowTable(_SharedTable):
+class RowTable(SharedTable):
     """Each rank reads the rows that it owns; then each gets its columns of the sum of all rows."""
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
@@ -94,7 +110,7 @@ class RowTable(_SharedTable):
         return (rows_THK - owned.start) * is_own_THK, is_own_THK
 
 
-def shared_table(part: DeviceTable, share: RankShare, group: RankGroup) -> ValueTable:
+def shared_table(part: DeviceTable, share: RankShare, group: Collectives) -> ValueTable:
     """The table of which this rank has a part, split as ``share`` says."""
     kind = ColumnTable if share.table_sharding == "columns" else RowTable
     return kind(part, share, group)

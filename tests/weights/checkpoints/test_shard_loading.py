@@ -8,11 +8,17 @@ import torch
 from engine.errors import ConfigError
 from engine.executors.parallel.group import RankGroup
 from engine.executors.parallel.shares import RankShare
+from engine.executors.parallel.tables import CapturedPart
 from memory_ops.row_formats import dequantize_rows
 from server.cli.main import main
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.checkpoints.checkpoint import load_model, open_checkpoint
-from weights.checkpoints.shard_loading import copied_bytes, load_share
+from weights.checkpoints.shard_loading import (
+    copied_bytes,
+    load_share,
+    share_bytes,
+    table_share_bytes,
+)
 
 WIDTH = 128
 
@@ -73,6 +79,26 @@ def test_whole_weights_count_once_for_each_rank(folder, dtype):
         whole = [k for k in whole if k not in ("model.embed_tokens.weight", "lm_head.weight")]
     expected = sum(math.prod(dense[k].shape) for k in whole) * dtype.itemsize
     assert copied_bytes(dense, share, dtype) == expected
+
+
+@pytest.mark.parametrize("table_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("sharding", ["columns", "rows"])
+def test_a_share_takes_its_bytes_on_the_device_that_is_asked_for(folder, sharding, table_dtype):
+    checkpoint, stored = open_checkpoint(folder)
+    share = RankShare(checkpoint.model, 1, 2, sharding)
+    # meta tensors stand for those of a GPU
+    options = torch.bfloat16, table_dtype, torch.device("meta"), CapturedPart
+    group = RankGroup(1, 2)
+    model = load_share(folder, share, group, *options)
+    weights = model.state_dict().values()
+    assert {one.device.type for one in weights} == {"meta"}
+    tables = [stored[name] for name in checkpoint.model.table_names]
+    assert sum(one.nbytes for one in weights) == share_bytes(share, group, torch.bfloat16)
+    parts = [table._part for table in model.tables.values()]
+    assert {type(part) for part in parts} == {CapturedPart}
+    rows = [part.rows if table_dtype == "auto" else part.rows.records_RB for part in parts]
+    assert {one.device.type for one in rows} == {"meta"}
+    assert sum(one.nbytes for one in rows) == table_share_bytes(tables, table_dtype, share)
 
 
 def test_int4_rows_whose_groups_would_be_split_are_refused(folder):

@@ -24,8 +24,8 @@ def log(monkeypatch):
             log.append(f"replay {self.number}")
 
     @contextmanager
-    def capture(graph, pool, stream):
-        assert (pool, stream) == ("pool", "stream")
+    def capture(graph, pool, stream, capture_error_mode):
+        assert (pool, stream, capture_error_mode) == ("pool", "stream", "thread_local")
         log.append(f"begin {graph.number}")
         yield
         log.append(f"end {graph.number}")

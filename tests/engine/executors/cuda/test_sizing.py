@@ -34,11 +34,18 @@ class Memory:
         return int(self._peak * GIB)
 
 
-def blocks(memory=None, max_positions=2**30, kinds=("dense", "dense"), **config) -> int:
+def blocks(
+    memory=None, max_positions=2**30, kinds=("dense", "dense"), *, has_tiers=True, **config
+) -> int:
     model = tiny_config(max_positions=max_positions, **feed_forward_changes(*kinds))
     ran = []
     found = num_kv_blocks(
-        model, EngineConfig(**config), 2, memory or Memory(), lambda: ran.append(1)
+        model,
+        EngineConfig(**config),
+        2,
+        memory or Memory(),
+        lambda: ran.append(1),
+        has_tiers=has_tiers,
     )
     assert ran == [1]
     return found
@@ -75,5 +82,9 @@ def test_what_the_user_asks_for_is_taken_or_refused():
 
 
 def test_too_little_is_refused_with_what_to_change():
-    with pytest.raises(ConfigError, match="leave 0.00 GiB .*--table-tier host"):
+    lower = "lower --table-cache or --max-batched-tokens, use --table-tier host or"
+    with pytest.raises(ConfigError, match=f"leave 0.00 GiB of the GPU; {lower}"):
         blocks(Memory(in_use=8.0))
+    lower = "lower --kv-cache-gib or --max-batched-tokens, use more ranks or"
+    with pytest.raises(ConfigError, match=f"leave 0.00 GiB of the GPU; {lower}"):
+        blocks(Memory(in_use=8.0), kv_cache_gib=1.0, has_tiers=False)

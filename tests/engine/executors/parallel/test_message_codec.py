@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from engine.executors.cuda.buckets import StepShape
 from engine.executors.parallel import messages
 from engine.executors.parallel.message_codec import MessageError, decoded, encoded
 
@@ -28,6 +29,12 @@ INT_TUPLES = st.lists(INTS, max_size=5).map(tuple)
 TEXTS = st.text(max_size=20)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 USES = st.lists(st.lists(st.tuples(INTS, FLOATS), max_size=3), max_size=3)
+FORWARDS = st.builds(
+    messages.RunForward,
+    *(IDS, IDS, INT_TUPLES, IDS, INT_TUPLES, st.lists(INT_TUPLES, max_size=4), IDS, USES),
+    INT_TUPLES,
+)
+SHAPES = st.builds(StepShape, INTS, INTS, INTS, st.booleans(), INTS, INTS)
 STRATEGIES = {
     messages.RankReady: st.builds(messages.RankReady),
     messages.RankRefused: st.builds(messages.RankRefused, TEXTS),
@@ -38,11 +45,9 @@ STRATEGIES = {
     messages.JoinRefused: st.builds(messages.JoinRefused, TEXTS),
     messages.StartRanks: st.builds(messages.StartRanks, INTS),
     messages.MeetOthers: st.builds(messages.MeetOthers, INTS),
-    messages.RunForward: st.builds(
-        messages.RunForward,
-        *(IDS, IDS, INT_TUPLES, IDS, INT_TUPLES, st.lists(INT_TUPLES, max_size=4), IDS, USES),
-        INT_TUPLES,
-    ),
+    messages.RunForward: FORWARDS,
+    messages.RunStep: st.builds(messages.RunStep, FORWARDS, INT_TUPLES, SHAPES),
+    messages.CaptureStep: st.builds(messages.CaptureStep, SHAPES, INT_TUPLES),
     messages.AddPatch: st.builds(
         messages.AddPatch,
         *(INTS, TEXTS, st.dictionaries(INTS, INTS, max_size=3)),

@@ -10,7 +10,7 @@ from engine.executors.parallel.messages import AddPatch
 from engine.executors.parallel.native_layers import use_native_layers
 from engine.executors.parallel.sharded_model import rank_model
 from engine.executors.parallel.shares import RankShare
-from engine.executors.parallel.tables import shared_table
+from engine.executors.parallel.tables import CapturedPart, shared_table
 from engine.model.attention import kv_memory
 from engine.model.layout import PagedKv, TokenLayout
 from engine.model.row_patches import ScaledPatch, forward_patches
@@ -24,8 +24,11 @@ BLOCK_SIZE = 4
 STARTS = (0, 6, 7)
 
 
-def share_of(model, share, group):
-    """One rank's model with its parts of the weights and tables of ``model``."""
+def share_of(model, share, group, *, is_captured=False):
+    """One rank's model with its parts of the weights and tables of ``model``.
+
+    If ``is_captured``, the tables are those of a GPU.
+    """
     made = rank_model(share, group)
     weights = model.state_dict()
     parts = {name: share.part(name) for name in weights}
@@ -39,9 +42,10 @@ def share_of(model, share, group):
         own = table.rows[rows.start : rows.stop]
         if share.table_sharding == "columns":
             own = table.rows[:, columns.start : columns.stop].contiguous()
-        tables[name] = shared_table(DeviceTable(own), share, group)
+        part = CapturedPart(own) if is_captured else DeviceTable(own)
+        tables[name] = shared_table(part, share, group)
     made.attach_tables(tables)
-    return made.eval()
+    return made.eval().requires_grad_(False)
 
 
 def forward(model, config, patches=None, scale=1.0):

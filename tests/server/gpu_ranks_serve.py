@@ -45,7 +45,7 @@ def use_cpus(make_device) -> None:
 def engine(connection, settings) -> None:
     """Entry function of the engine process, rank 0."""
     use_cpus(FakeDevice)
-    engine_entry.chosen_device = lambda *options: torch.device("cuda", 0)
+    engine_entry.chosen_device = lambda *options, **more: torch.device("cuda", 0)
     parallel_gpu.RANK_ENTRY = "tests.server.gpu_ranks_serve:rank"
     engine_entry.main(connection, settings)
 

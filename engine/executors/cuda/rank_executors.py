@@ -12,6 +12,7 @@ from engine.executors.cuda.device import Device
 from engine.executors.cuda.executor import CudaExecutor
 from engine.executors.cuda.launched_step import CudaStep
 from engine.executors.cuda.step import DeviceModel, DeviceRank, StepOutputs
+from engine.executors.parallel.group import RankLostError
 from engine.executors.parallel.messages import CaptureStep, RunForward, RunStep
 from engine.executors.parallel.rank_loop import Work
 from engine.executors.parallel.ranks import Ranks
@@ -58,14 +59,14 @@ class FirstRankExecutor(CudaExecutor):
         try:
             return super().launch(batch)
         except Exception as error:
-            raise _lost(error) from error
+            raise self._lost(error) from error
 
     def logits(self, batch: Batch) -> Tensor:
         """Run the forward; logits ``[L, vocabulary]`` at the batch's ``logits_at_L``."""
         try:
             return super().logits(batch)
         except Exception as error:
-            raise _lost(error) from error
+            raise self._lost(error) from error
 
     def close(self) -> None:
         """End the processes of the other ranks; does nothing the second time."""
@@ -90,6 +91,11 @@ class FirstRankExecutor(CudaExecutor):
         self._send(CaptureStep(shape))
         super()._capture(shape)
 
+    def _lost(self, error: Exception) -> DeviceLostError:
+        if isinstance(error, RankLostError):
+            self._ranks.await_report()
+        return DeviceLostError(f"a tensor-parallel step failed: {error}")
+
     def _send(self, message: RunStep | CaptureStep) -> None:
         self._ranks.send([message] * (self._group.size - 1))
 
@@ -107,7 +113,3 @@ class OtherRankExecutor(CudaExecutor):
             return
         assert isinstance(message, RunStep)
         self._queue(message.batch(patches), lambda outputs: None, message.shape)
-
-
-def _lost(error: Exception) -> DeviceLostError:
-    return DeviceLostError(f"a tensor-parallel step failed: {error}")

@@ -109,6 +109,9 @@ class ThreadRanks:
         body = np.frombuffer(bytearray(data), np.uint8)
         self._connections[rank - 1].messages.put((header, body))
 
+    def await_report(self) -> None:
+        """Does nothing: no thread watches the others."""
+
     def close(self) -> None:
         for connection in self._connections:
             connection.messages.put(None)

@@ -104,6 +104,7 @@ class ModelWork:
 
     Attributes:
         config: the model, with the heads and feed-forward columns of the share.
+        row_bytes: bytes per table row, or of a share's columns of it; 0 without tables.
         kv_bytes: bytes of one token's keys and values in all layers.
         has_groups: whether weights are multiplied as integers.
         read_fraction: the fraction of the values of each row that are read.
@@ -149,7 +150,7 @@ class ModelWork:
                 self.read_fraction = len(share.read_columns) / config.memory.value_dim
                 self._row_fraction = len(share.read_rows) / config.memory.num_rows
         self.kv_bytes = self.config.kv_bytes_per_token(itemsize, kv_dtype)
-        self._row_bytes = row_bytes
+        self.row_bytes = row_bytes
         self._head = weights[_head_name(config)]
         layers = {name: one for name, one in weights.items() if name not in (_EMBEDDING, _HEAD)}
         self._experts = _total(one for name, one in layers.items() if ".experts." in name)
@@ -210,7 +211,7 @@ class ModelWork:
         if memory is None:
             return 0
         rows = min(tokens * memory.num_heads * memory.top_k, memory.num_rows)
-        return round(rows * self._row_fraction * self._row_bytes) * self.config.table_lookups
+        return round(rows * self._row_fraction * self.row_bytes) * self.config.table_lookups
 
     def _share_of_experts(self, tokens: int) -> float:
         """Share of the experts that a step reads if all tokens choose the same ones."""

@@ -34,5 +34,5 @@ def step_seconds(
     seconds = work.seconds_in_turn(chunks, num_logits, limits, micro_batches) / efficiency
     if threads:
         costs = replace(costs, row_value=costs.row_value * work.read_fraction)
-        seconds += cpu_seconds(work.config, chunks, threads, costs)
+        seconds += cpu_seconds(work.config, work.row_bytes, chunks, threads, costs)
     return seconds

@@ -9,13 +9,13 @@ import pytest
 
 from benchmarks.cpu_costs import run, timed_steps
 from benchmarks.cpu_costs.drawn_models import DTYPE, drawn_config, drawn_model
-from benchmarks.cpu_costs.fit import NAMES, fitted_costs, planned_seconds
+from benchmarks.cpu_costs.fit import KEPT, NAMES, fitted_costs, planned_seconds
 from benchmarks.cpu_costs.timed_steps import Sample
 from benchmarks.engine_rounds import TimedStep
 from engine.model.machine_limits import MachineLimits
 from engine.model.step_work import Chunk, ModelWork
 from server.cli.main import main
-from server.plan.cpu_time import CpuCosts
+from server.plan.cpu_time import CPU_COSTS, CpuCosts
 from tests.models import feed_forward_changes, tiny_config
 
 LIMITS = MachineLimits(30.0, 400.0)
@@ -44,7 +44,9 @@ def made_of(costs, threads):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_fit_finds_the_costs_that_steps_were_made_of(threads):
-    true = CpuCosts(3e-4, 2e-5, 1e-4, 3e-9, 4e-9, 7e-10, 2e-9, 5e-8, 3e-10)
+    kept = {name: getattr(CPU_COSTS, name) for name in KEPT}
+    others = {"step": 3e-4, "sequence": 2e-5, "prompt": 1e-4, "element": 3e-9}
+    true = CpuCosts(**kept, **others, kv_position=4e-9, pair=7e-10, far_row=5e-8)
     found = fitted_costs(list(made_of(true, threads)), efficiency=0.85, threads=threads)
     for name in NAMES:
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-4), name
@@ -57,7 +59,8 @@ def test_no_cost_is_below_zero():
         for one in made_of(CpuCosts(**dict.fromkeys(NAMES, 0.0)), 1)
     ]
     found = fitted_costs(samples, efficiency=0.85, threads=1)
-    assert asdict(found) == dict.fromkeys(NAMES, 0.0)
+    kept = {name: getattr(CPU_COSTS, name) for name in KEPT}
+    assert asdict(found) == dict.fromkeys(NAMES, 0.0) | kept
 
 
 def test_drawn_models_depend_on_the_seed_alone_and_have_all_kinds():

@@ -10,7 +10,7 @@ NOTHING = dict.fromkeys(CpuCosts.__dataclass_fields__, 0.0)
 
 
 def seconds(config, chunks, threads=1, **costs):
-    return cpu_seconds(config, chunks, threads, CpuCosts(**(NOTHING | costs)))
+    return cpu_seconds(config, 64, chunks, threads, CpuCosts(**(NOTHING | costs)))
 
 
 def test_threads_share_all_but_the_step_its_sequences_and_prompts():
@@ -45,6 +45,15 @@ def test_memories_score_subkeys_and_read_rows():
     assert seconds(config, chunks, subkey=1.0) == 7 * 2 * 2 * 16
     assert seconds(config, chunks, row=1.0) == 7 * 3 * 2 * 3
     assert seconds(config, chunks, row_value=1.0) == 7 * 3 * 2 * 3 * 32
+
+
+def test_rows_that_no_cache_has_cost_more():
+    # two tables of 4096 rows of 2^14 bytes: 128 MiB, of which 24 MiB stay in caches
+    config = tiny_config(**feed_forward_changes("pkm", "pkm", num_subkeys=64, share_values=False))
+    costs = CpuCosts(**(NOTHING | {"far_row": 1.0}))
+    rows = 5 * 2 * 2 * 3
+    assert cpu_seconds(config, 2**14, [Chunk(0, 5)], 1, costs) == rows * (1 - 24 / 128)
+    assert cpu_seconds(config, 2**10, [Chunk(0, 5)], 1, costs) == 0
 
 
 def test_a_mixture_counts_the_experts_of_a_token():

@@ -32,7 +32,7 @@ def test_a_step_takes_its_least_time_by_the_efficiency():
 
 def test_a_cpu_adds_its_own_time():
     chunks = [Chunk(9, 1)] * 4
-    added = cpu_seconds(WORK.config, chunks, 2)
+    added = cpu_seconds(WORK.config, WORK.row_bytes, chunks, 2)
     assert seconds(4, threads=2) == pytest.approx(seconds(4) + added)
 
 
@@ -48,7 +48,7 @@ def test_micro_batches_read_the_weights_again():
 def test_a_rank_s_rows_cost_as_much_as_the_columns_that_it_reads():
     config = tiny_config(**feed_forward_changes("memory_plus", "dense"))
     ranks = [RankShare(config, 0, 2, sharding) for sharding in ("columns", "rows")]
-    works = [ModelWork(config, 2, 0, share=share) for share in ranks]
+    works = [ModelWork(config, 2, 1, share=share) for share in ranks]
     values = 4 * 6 * CpuCosts().row_value  # of 4 tokens with 6 rows each
     with_rows, none = (
         [seconds(4, threads=threads, work=work) for work in works] for threads in (1, 0)

@@ -61,7 +61,7 @@ def run_node(
     chosen_device(model, config, on_several_machines=True)
     folder = prepare(find_served(model.model, model.memory_adapter, cache_folder()))
     share, settings = planned(model, folder, config, monitoring.log_format, nodes.ranks(nodes.node))
-    join = NodeJoin(nodes.node, traits_of(share, settings, config), settings.num_blocks)
+    join = NodeJoin(nodes.node, traits_of(share, settings, config, nodes), settings.num_blocks)
     channel, place = _connected(nodes, config.patch_bytes + _MOST_STEP_BYTES)
     with contextlib.closing(channel):
         settings = _joined(channel, join, settings)

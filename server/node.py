@@ -20,7 +20,7 @@ from engine.executors.parallel.messages import (
 )
 from engine.executors.parallel.network_store import NetworkPlace
 from engine.executors.parallel.node_connection import connect
-from engine.executors.parallel.node_handshake import HandshakeError
+from engine.executors.parallel.node_handshake import HandshakeError, WrongKeyError
 from engine.executors.parallel.ranks import Ranks
 from engine.process import EngineFailedError, EngineLostError
 from server.config import cache_folder
@@ -77,7 +77,8 @@ def _connected(nodes: NodeSettings, most_bytes: int) -> tuple[Channel, NetworkPl
         connection = connect(nodes.address, nodes.port, nodes.key, JOIN_TIMEOUT_S)
     except HandshakeError as error:
         where = f"{nodes.address} port {nodes.port}"
-        raise ConfigError(f"node_key_file: node 0 at {where} was not accepted: {error}") from None
+        option = "node_key_file" if isinstance(error, WrongKeyError) else "master_addr"
+        raise ConfigError(f"{option}: node 0 at {where} was not accepted: {error}") from None
     except TimeoutError as error:
         raise EngineFailedError(str(error)) from None
     place = NetworkPlace(connection.getpeername()[0], connection.getsockname()[0])

@@ -39,7 +39,7 @@ class NodeListener:
     """
 
     def __init__(self, host: str, port: int) -> None:
-        """Listen at an address of this machine, a name of it, or its name.
+        """Listen at an address of this machine; ``host`` is the address or a name that has it.
 
         Raises:
             ConfigError: the address is none of this machine's, or the port is taken.

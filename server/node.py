@@ -52,9 +52,10 @@ def run_node(
 
     Raises:
         CheckpointError: the model cannot be served.
-        ConfigError: a setting does not fit the model or a CPU, or node 0 refuses this node.
-        EngineFailedError: node 0 does not answer, or a rank could not load.
-        EngineLostError: node 0, or a rank, has ended.
+        ConfigError: a setting does not fit the model or a CPU, a rank cannot load its share, or
+            node 0 refuses this node.
+        EngineFailedError: node 0 does not answer.
+        EngineLostError: node 0 or a rank has ended, also while it loaded.
     """
     signal.signal(signal.SIGTERM, _exit)
     config = patches.engine_config(engine)

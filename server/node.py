@@ -20,7 +20,7 @@ from engine.executors.parallel.messages import (
 )
 from engine.executors.parallel.network_store import NetworkPlace
 from engine.executors.parallel.node_connection import connect
-from engine.executors.parallel.node_handshake import HandshakeError
+from engine.executors.parallel.node_handshake import HandshakeError, WrongKeyError
 from engine.executors.parallel.ranks import Ranks
 from engine.process import EngineFailedError, EngineLostError
 from server.config import cache_folder
@@ -52,16 +52,17 @@ def run_node(
 
     Raises:
         CheckpointError: the model cannot be served.
-        ConfigError: a setting does not fit the model or a CPU, or node 0 refuses this node.
-        EngineFailedError: node 0 does not answer, or a rank could not load.
-        EngineLostError: node 0, or a rank, has ended.
+        ConfigError: a setting does not fit the model or a CPU, a rank cannot load its share, or
+            node 0 refuses this node.
+        EngineFailedError: node 0 does not answer.
+        EngineLostError: node 0 or a rank has ended, also while it loaded.
     """
     signal.signal(signal.SIGTERM, _exit)
     config = patches.engine_config(engine)
     chosen_device(model, config, on_several_machines=True)
     folder = prepare(find_served(model.model, model.memory_adapter, cache_folder()))
     share, settings = planned(model, folder, config, monitoring.log_format, nodes.ranks(nodes.node))
-    join = NodeJoin(nodes.node, traits_of(share, settings, config), settings.num_blocks)
+    join = NodeJoin(nodes.node, traits_of(share, settings, config, nodes), settings.num_blocks)
     channel, place = _connected(nodes, config.patch_bytes + _MOST_STEP_BYTES)
     with contextlib.closing(channel):
         settings = _joined(channel, join, settings)
@@ -77,7 +78,8 @@ def _connected(nodes: NodeSettings, most_bytes: int) -> tuple[Channel, NetworkPl
         connection = connect(nodes.address, nodes.port, nodes.key, JOIN_TIMEOUT_S)
     except HandshakeError as error:
         where = f"{nodes.address} port {nodes.port}"
-        raise ConfigError(f"node_key_file: node 0 at {where} was not accepted: {error}") from None
+        option = "node_key_file" if isinstance(error, WrongKeyError) else "master_addr"
+        raise ConfigError(f"{option}: node 0 at {where} was not accepted: {error}") from None
     except TimeoutError as error:
         raise EngineFailedError(str(error)) from None
     place = NetworkPlace(connection.getpeername()[0], connection.getsockname()[0])

@@ -17,13 +17,20 @@ from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.sampled_hash import sampled_hash
 
 _CPU_INFO = Path("/proc/cpuinfo")
-# lines of /proc/cpuinfo by which libraries choose their kernels
 _VENDOR_LINES = ("vendor_id", "CPU implementer")
+_INSTRUCTION_LINES = ("flags", "Features")
+# instructions for which libraries have other kernels, with other rounding
+_VECTOR_INSTRUCTIONS = ("avx", "amx", "fma", "f16c", "asimd", "sve", "sme", "bf16", "i8mm")
 _SHOWN_LENGTH = 40
 
 
 def node_traits(
-    folder: Path, share: RankShare, dtype: torch.dtype, table_dtype: str, engine: EngineConfig
+    folder: Path,
+    share: RankShare,
+    dtype: torch.dtype,
+    table_dtype: str,
+    engine: EngineConfig,
+    num_nodes: int,
 ) -> dict[str, str]:
     """The model, the settings and the arithmetic of this machine, by name.
 
@@ -36,17 +43,20 @@ def node_traits(
         dtype: dtype of the weights in memory.
         table_dtype: as in ``ModelOptions``.
         engine: the settings of the engine.
+        num_nodes: the number of machines.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
+    capability = torch.backends.cpu.get_cpu_capability()
     kernels = cpu_kernels(torch.device("cpu"), dtype)
     traits = {
         "memplus": VERSION,
         "torch": torch.__version__,
-        "processor": _processor(),
+        "processor": f"{platform.machine()} {_first_line(_VENDOR_LINES)} {capability}",
         "kernels": "none" if kernels is None else kernels.build,
         "threads per rank": str(torch.get_num_threads()),
+        "--nnodes": str(num_nodes),
         "--tensor-parallel": str(share.size),
         "--table-sharding": share.table_sharding,
         "--table-dtype": table_dtype,
@@ -54,6 +64,8 @@ def node_traits(
     }
     for name, value in asdict(engine).items():
         traits[f"--{name.replace('_', '-')}"] = str(value)
+    for name in _instructions():
+        traits[f"instructions {name}"] = "present"
     for name, value in _leaves(asdict(share.config)).items():
         digest = hashlib.sha256(value.encode()).hexdigest()
         traits[f"config {name}"] = value if len(value) <= _SHOWN_LENGTH else digest
@@ -71,7 +83,7 @@ def difference(own: Mapping[str, str], other: Mapping[str, str]) -> str | None:
     if not names:
         return None
     parts = (
-        f"{name}: {_shown(other.get(name))} there, {_shown(own.get(name))} on node 0"
+        f"{_shown(name)}: {_shown(other.get(name))} there, {_shown(own.get(name))} on node 0"
         for name in names[:4]
     )
     return "; ".join(parts) + ("; and more" if len(names) > 4 else "")
@@ -92,10 +104,18 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
-    vendor = ""
+def _instructions() -> list[str]:
+    """The vector instructions of the first processor."""
+    return [
+        one
+        for one in _first_line(_INSTRUCTION_LINES).split()
+        if one.startswith(_VECTOR_INSTRUCTIONS)
+    ]
+
+
+def _first_line(names: tuple[str, ...]) -> str:
+    """The value of the first line of /proc/cpuinfo with one of these names; empty if none has."""
     for line in _CPU_INFO.read_text().splitlines():
-        if line.startswith(_VENDOR_LINES):
-            vendor = line.partition(":")[2].strip()
-            break
-    return f"{platform.machine()} {vendor} {torch.backends.cpu.get_cpu_capability()}"
+        if line.startswith(names):
+            return line.partition(":")[2].strip()
+    return ""

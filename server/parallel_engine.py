@@ -137,7 +137,7 @@ def _gathered(
     nodes: NodeSettings, share: RankShare, settings: ShareSettings, engine: EngineConfig
 ) -> tuple[Ranks, ShareSettings, NetworkPlace]:
     """All ranks but this one when all nodes have joined, and the settings that fit all nodes."""
-    traits = traits_of(share, settings, engine)
+    traits = traits_of(share, settings, engine, nodes)
     listener = NodeListener(nodes.address, nodes.port)
     others = {node: nodes.ranks(node) for node in range(1, nodes.count)}
     names = ", ".join(map(str, others))
@@ -157,9 +157,12 @@ def _gathered(
     return made, settings, place
 
 
-def traits_of(share: RankShare, settings: ShareSettings, engine: EngineConfig) -> dict[str, str]:
+def traits_of(
+    share: RankShare, settings: ShareSettings, engine: EngineConfig, nodes: NodeSettings
+) -> dict[str, str]:
     """``node_traits`` of this machine."""
-    return node_traits(settings.folder, share, settings.dtype, settings.table_dtype, engine)
+    dtypes = settings.dtype, settings.table_dtype
+    return node_traits(settings.folder, share, *dtypes, engine, nodes.count)
 
 
 def planned(

@@ -4,16 +4,20 @@ import contextlib
 import os
 import re
 import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 import torch
 
 from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.request import PatchRef
 from server.config import EngineSettings
 from server.engine_entry import build_engine
 from server.model_options import ModelOptions
+from server.node import _connected
 from server.node_options import NodeSettings
 from tests.engine.executors.parallel.test_executor import ALL_KINDS, PATCHED_KINDS, answers
 from tests.engine.patches import patch_of
@@ -172,6 +176,24 @@ def test_a_node_that_dies_in_a_step_can_join_the_restarted_engine(memory_plus_fo
         server.terminate()
         assert server.wait(60) == 0 and again.wait(60) == 1
         assert "node 0 has ended, restarts its engine, or" in again.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "master_addr: .* it does not run this version of memplus"),
+        (b"memplus nodes 1\n" + bytes(64), "node_key_file: .* it refused the node key"),
+    ],
+)
+def test_the_option_that_must_change_is_named(sent, reason):
+    with socket.create_server((MASTER, 0)) as other, ThreadPoolExecutor(1) as threads:
+        nodes = NodeSettings(2, 1, 1, MASTER, other.getsockname()[1], KEY.encode())
+        found = threads.submit(_connected, nodes, 100)
+        connection, _ = other.accept()
+        with connection:
+            connection.sendall(sent)
+            with pytest.raises(ConfigError, match=f"^{reason}"):
+                found.result()
 
 
 def test_sigterm_ends_a_node_that_waits(memory_plus_folder, tmp_path):

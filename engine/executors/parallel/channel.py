@@ -119,8 +119,10 @@ def read_exactly(connection: socket.socket, num_bytes: int, deadline: float | No
     rest = found.data
     while len(rest):
         if deadline is not None:
-            # 0 would mean: do not wait
-            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+            # a sender of single bytes gets no more time
+            if (seconds := deadline - time.monotonic()) <= 0:
+                raise TimeoutError("timed out")
+            connection.settimeout(seconds)
         count = connection.recv_into(rest)
         if not count:
             raise EOFError("the connection was closed")

@@ -52,7 +52,7 @@ class RankGroup:
             meeting = c10d.FileStore(str(store), self.size)
             meeting.set_timeout(MEETING_TIMEOUT)
             # the default listens on an address that other machines can reach
-            self._join(meeting, "127.0.0.1")
+            self._join(meeting, "127.0.0.1", _COLLECTIVE_TIMEOUT)
         except RuntimeError as error:
             raise _failed(error) from error
         pids_1S = self.gather_columns(torch.tensor([[os.getpid()]]))
@@ -75,18 +75,23 @@ class RankGroup:
             RankLostError: a rank has ended, cannot be reached, or did not come in time.
         """
         try:
-            self._join(place.store(port), place.own)
+            self._join(place.store(port), place.own, MEETING_TIMEOUT)
         except RuntimeError as error:
             raise _failed(error) from error
-        # no rank needs the store any more when all have come here
+        # no rank needs the store any more when all have come here; a firewall between two ranks
+        # is noticed only now
         self.sum(torch.zeros(1))
+        self._group._set_default_timeout(_COLLECTIVE_TIMEOUT)
 
-    def _join(self, meeting: Any, address: str) -> None:
-        """Connect to all other ranks through a store, and listen for them at ``address``."""
+    def _join(self, meeting: Any, address: str, timeout: timedelta) -> None:
+        """Connect to all other ranks through a store, and listen for them at ``address``.
+
+        ``timeout`` bounds each collective.
+        """
         c10d: Any = distributed  # torch's stubs lack these names
         options = c10d.ProcessGroupGloo._Options()
         options._devices = [c10d.ProcessGroupGloo.create_device(hostname=address)]
-        options._timeout = _COLLECTIVE_TIMEOUT
+        options._timeout = timeout
         self._joined = c10d.ProcessGroupGloo(meeting, self.rank, self.size, options)
 
     @property

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import types
 import typing
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,7 +47,7 @@ class _Codec(NamedTuple):
 def encoded(message: Any) -> Frame:
     """The bytes of a message, a dataclass instance; its arrays are not copied.
 
-    Fields have the types int, float, bool, str, None, arrays of int64 or uint8, and sequences,
+    Fields have the types int, float, bool, str, arrays of int64 or uint8, and sequences,
     mappings, dataclasses and named tuples of them.
     """
     arrays: Arrays = []
@@ -111,13 +110,10 @@ def _arrays(described: Any, body: Bytes) -> Arrays:
 def _codec(hint: Any) -> _Codec:
     """The codec of a type; TypeError for types that messages do not have."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint in (int, float, bool, str, types.NoneType):
+    if hint in (int, float, bool, str):
         return _plain(hint)
     if origin is np.ndarray:
         return _Codec(_pack_array, functools.partial(_unpack_array, dtype=_element_dtype(hint)))
-    if origin in (types.UnionType, typing.Union):
-        (other,) = (one for one in arguments if one is not types.NoneType)
-        return _optional(_codec(other))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         key, value = map(_codec, arguments)
         return _mapping(_record(tuple, (key, value), tuple))
@@ -169,21 +165,6 @@ def _unpack_array(data: Any, arrays: Iterator[Array], dtype: Any) -> Array:
     if found is None or data is not None or dtype not in (None, found.dtype):
         raise MessageError("a message lacks an array, or has one of another dtype")
     return found
-
-
-def _optional(codec: _Codec) -> _Codec:
-    """A value in a list of one, or None."""
-
-    def pack(value: Any, arrays: Arrays) -> Any:
-        return None if value is None else [codec.pack(value, arrays)]
-
-    def unpack(data: Any, arrays: Iterator[Array]) -> Any:
-        if data is None:
-            return None
-        (inner,) = data
-        return codec.unpack(inner, arrays)
-
-    return _Codec(pack, unpack)
 
 
 def _mapping(pairs: _Codec) -> _Codec:

@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 def connect(host: str, port: int, key: bytes, timeout_s: float) -> socket.socket:
     """A connection to node 0, which has proved that it has the key.
 
-    Tries again while nobody listens, or the other end closes the connection at once.
+    Tries again while nobody listens, or the other end closes the connection.
 
     Raises:
-        HandshakeError: the other end is not node 0, or has another key.
+        HandshakeError: the other end is not node 0; WrongKeyError: it has another key.
         TimeoutError: node 0 did not answer within ``timeout_s``; the message has the last reason.
     """
     deadline = time.monotonic() + timeout_s

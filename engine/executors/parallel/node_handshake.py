@@ -10,12 +10,18 @@ from engine.executors.parallel.channel import read_exactly
 # the name and the version of what follows
 _GREETING = b"memplus nodes 1\n"
 _CHALLENGE_BYTES, _PROOF_BYTES = 32, 32
+# instead of node 0's proof; a connection that only ends says nothing about the key
+_REFUSAL = bytes(_PROOF_BYTES)
 # the two proofs differ, so that neither end can send back what it got
 _NODE, _MASTER = b"node", b"master"
 
 
 class HandshakeError(Exception):
-    """The other end has another key, or is no node of memplus."""
+    """The other end is no node of this version of memplus."""
+
+
+class WrongKeyError(HandshakeError):
+    """The two ends have different keys."""
 
 
 def welcome(connection: socket.socket, key: bytes, timeout_s: float) -> None:
@@ -24,7 +30,8 @@ def welcome(connection: socket.socket, key: bytes, timeout_s: float) -> None:
     The other end learns nothing from which it could guess the key before it proves that it has it.
 
     Raises:
-        HandshakeError: the other end did not prove that it has the key.
+        HandshakeError: the other end did not prove that it has the key; WrongKeyError: it has
+            another one.
         OSError: the connection was lost, or the time is over.
     """
     deadline = time.monotonic() + timeout_s
@@ -39,7 +46,8 @@ def welcome(connection: socket.socket, key: bytes, timeout_s: float) -> None:
     except EOFError:
         raise HandshakeError("it closed the connection before it gave a proof of the key") from None
     if not hmac.compare_digest(proof, _proof(key, _NODE, own, other)):
-        raise HandshakeError("it has another node key")
+        connection.sendall(_REFUSAL)
+        raise WrongKeyError("it has another node key")
     connection.sendall(_proof(key, _MASTER, own, other))
     connection.settimeout(None)
 
@@ -48,8 +56,8 @@ def introduce(connection: socket.socket, key: bytes, timeout_s: float) -> None:
     """Prove the key to node 0, and check that it has the key too.
 
     Raises:
-        EOFError: the other end closed the connection at once; it may be busy.
-        HandshakeError: the other end is not node 0, or has another key.
+        EOFError: the other end closed the connection; it may be busy, or it has ended.
+        HandshakeError: the other end is not node 0; WrongKeyError: it has another key.
         OSError: the connection was lost, or the time is over.
     """
     deadline = time.monotonic() + timeout_s
@@ -58,12 +66,11 @@ def introduce(connection: socket.socket, key: bytes, timeout_s: float) -> None:
     other = read_exactly(connection, _CHALLENGE_BYTES, deadline).tobytes()
     own = secrets.token_bytes(_CHALLENGE_BYTES)
     connection.sendall(_GREETING + own + _proof(key, _NODE, other, own))
-    try:
-        proof = read_exactly(connection, _PROOF_BYTES, deadline).tobytes()
-    except (EOFError, ConnectionResetError):
-        raise HandshakeError("it refused the node key") from None
+    proof = read_exactly(connection, _PROOF_BYTES, deadline).tobytes()
+    if proof == _REFUSAL:
+        raise WrongKeyError("it refused the node key")
     if not hmac.compare_digest(proof, _proof(key, _MASTER, other, own)):
-        raise HandshakeError("it has another node key")
+        raise WrongKeyError("it has another node key")
     connection.settimeout(None)
 
 

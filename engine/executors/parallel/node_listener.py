@@ -39,7 +39,7 @@ class NodeListener:
     """
 
     def __init__(self, host: str, port: int) -> None:
-        """Listen at an address of this machine, a name of it, or its name.
+        """Listen at an address of this machine; ``host`` is the address or a name that has it.
 
         Raises:
             ConfigError: the address is none of this machine's, or the port is taken.
@@ -89,12 +89,14 @@ class NodeListener:
                 if time.monotonic() > deadline:
                     missing = ", ".join(str(one) for one in ranks if one not in links)
                     raise RankLostError(f"no node {missing} joined within {timeout_s:g} s")
-                self._wait(key, links)
+                if self._listener in wait([self._listener, *_filenos(links)], _POLL_S):
+                    self._accept(key)
                 while not self._arrivals.empty():
                     link = self._admitted(self._arrivals.get(), ranks, links, refusal)
                     if link is not None:
                         links[link.node] = link
                         logger.info("%s has joined", link)
+                self._drop_left(links)
         except BaseException:
             for link in links.values():
                 link.channel.close()
@@ -110,20 +112,14 @@ class NodeListener:
         while not self._arrivals.empty():
             self._arrivals.get()[1].close()
 
-    def _wait(self, key: bytes, links: dict[int, NodeLink]) -> None:
-        """Accept a connection, if any comes soon, and drop the nodes that have left."""
-        ready = wait([self._listener, *(one.channel.fileno() for one in links.values())], _POLL_S)
+    def _drop_left(self, links: dict[int, NodeLink]) -> None:
+        """Forget nodes that have left; while they wait for an answer, they send nothing."""
+        left = wait(_filenos(links), 0)
         for link in list(links.values()):
-            if link.channel.fileno() in ready:
-                self._drop(link, links)
-        if self._listener in ready:
-            self._accept(key)
-
-    def _drop(self, link: NodeLink, links: dict[int, NodeLink]) -> None:
-        """Forget a node that has left; while it waits for an answer, it sends nothing."""
-        logger.warning("node %d at %s has left before the start", link.node, link.address)
-        link.channel.close()
-        del links[link.node]
+            if link.channel.fileno() in left:
+                logger.warning("node %d at %s has left before the start", link.node, link.address)
+                link.channel.close()
+                del links[link.node]
 
     def _accept(self, key: bytes) -> None:
         try:
@@ -134,7 +130,11 @@ class NodeListener:
             connection.close()
             return
         arguments = connection, str(peer[0]), key
-        threading.Thread(target=self._greet, args=arguments, daemon=True).start()
+        try:
+            threading.Thread(target=self._greet, args=arguments, daemon=True).start()
+        except RuntimeError:  # this process may have no more threads
+            self._slots.release()
+            connection.close()
 
     def _greet(self, connection: socket.socket, address: str, key: bytes) -> None:
         try:
@@ -171,8 +171,7 @@ class NodeListener:
     ) -> NodeLink | None:
         """The link of a node that may take part; None if it was refused."""
         join, channel, address = arrival
-        if join.node in links and wait([links[join.node].channel.fileno()], 0):
-            self._drop(links[join.node], links)
+        self._drop_left(links)
         if join.node not in ranks:
             reason: str | None = f"node_rank: there is no node {join.node}"
         elif join.node in links:
@@ -188,3 +187,7 @@ class NodeListener:
             logger.info("node %d at %s has gone before it got the answer", join.node, address)
         channel.close()
         return None
+
+
+def _filenos(links: dict[int, NodeLink]) -> list[int]:
+    return [link.channel.fileno() for link in links.values()]

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 from engine.errors import ConfigError
 from engine.executors.parallel.channel import ALL_RANKS, Channel
@@ -65,21 +66,18 @@ class Nodes:
                 raise _lost(link, error) from None
 
     def wait_until_ready(self) -> None:
-        """Wait until all ranks of the nodes have loaded their shares.
+        """Wait until all ranks of the nodes have loaded their shares, or the first node fails.
 
         Raises:
             ConfigError: a rank cannot load it.
             RankLostError: a node or one of its ranks has ended.
         """
-        for link in self._links:
-            try:
-                answer = link.channel.recv()
-            except (EOFError, MessageError, OSError) as error:
-                raise _lost(link, error) from None
-            if isinstance(answer, RankRefused):
-                raise ConfigError(f"node {link.node}: {answer.message}")
-            if not isinstance(answer, RankReady):
-                raise RankLostError(f"{link} did not load its ranks: {answer}")
+        waiting = list(self._links)
+        while waiting:
+            answered = wait([link.channel.fileno() for link in waiting])
+            for link in [one for one in waiting if one.channel.fileno() in answered]:
+                _check_ready(link)
+                waiting.remove(link)
 
     def watch(self, on_loss: Callable[[], object]) -> None:
         """From now on, log the loss of a node or one of its ranks before ``close``, and call
@@ -128,6 +126,18 @@ class Nodes:
             where = link.node, link.address
             logger.error("node %d at %s has ended or cannot be reached: %s", *where, message)
         on_loss()
+
+
+def _check_ready(link: NodeLink) -> None:
+    """Read the answer of a node; errors as ``Nodes.wait_until_ready``."""
+    try:
+        answer = link.channel.recv()
+    except (EOFError, MessageError, OSError) as error:
+        raise _lost(link, error) from None
+    if isinstance(answer, RankRefused):
+        raise ConfigError(f"node {link.node}: {answer.message}")
+    if not isinstance(answer, RankReady):
+        raise RankLostError(f"{link} did not load its ranks: {answer}")
 
 
 def _lost(link: NodeLink, error: Exception) -> RankLostError:

@@ -17,7 +17,7 @@ from socket import AF_UNIX, SOCK_STREAM, socket, socketpair
 from engine.errors import ConfigError
 from engine.executors.parallel.channel import ALL_RANKS, Channel
 from engine.executors.parallel.group import RankGroup, RankLostError
-from engine.executors.parallel.message_codec import Frame, encoded
+from engine.executors.parallel.message_codec import Frame, MessageError, encoded
 from engine.executors.parallel.messages import (
     MeetOthers,
     RankAnswer,
@@ -189,8 +189,11 @@ class Ranks:
         """Send an encoded message to one rank of this machine, or with ``ALL_RANKS`` to each.
 
         Raises:
+            MessageError: this machine has no such rank.
             RankLostError: the rank is dead.
         """
+        if rank != ALL_RANKS and rank not in self._started:
+            raise MessageError(f"a message is for rank {rank}, which this machine does not have")
         for one in self._started if rank == ALL_RANKS else [rank]:
             self._send(one, frame)
 

@@ -83,6 +83,14 @@ def test_the_time_of_all_reads_together_is_limited(ends):
         channel.recv()
 
 
+def test_bytes_that_have_arrived_do_not_extend_the_time(ends):
+    channel = Channel(ends[1], StartRanks, 100)
+    Channel(ends[0], StartRanks).send(START)
+    channel.limit_time(0.0)
+    with pytest.raises(TimeoutError):
+        channel.recv()
+
+
 def test_the_end_is_noticed_though_messages_are_unread(ends):
     sender, receiver = Channel(ends[0], StartRanks), Channel(ends[1], StartRanks)
     sender.send(START)

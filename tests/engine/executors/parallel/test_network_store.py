@@ -45,6 +45,32 @@ def test_a_store_listens_at_its_address_until_it_is_closed():
         socket.create_connection(("127.0.0.2", store.port))
 
 
+def test_a_rank_that_others_cannot_reach_ends_the_meeting_soon(monkeypatch):
+    """It has come to the store, but its connections to other ranks carry nothing."""
+    monkeypatch.setattr("engine.executors.parallel.group.MEETING_TIMEOUT", timedelta(seconds=1))
+    place = NetworkPlace("127.0.0.1", "127.0.0.1")
+    with ThreadPoolExecutor(1) as threads, closing(NetworkStore("127.0.0.1")) as store:
+        silent = RankGroup(1, 2)
+        limit = timedelta(seconds=1)
+        joined = threads.submit(lambda: silent._join(place.store(store.port), place.own, limit))
+        # not the 10 minutes of later collectives
+        with pytest.raises(RankLostError, match="1000ms"):
+            RankGroup(0, 2).meet_over_network(place, store.port)
+        joined.result()
+
+
+def test_collectives_have_more_time_than_the_meeting():
+    place = NetworkPlace("127.0.0.1", "127.0.0.1")
+
+    def timeout(rank):
+        group = RankGroup(rank, 2)
+        group.meet_over_network(place, store.port)
+        return group._group.options._timeout
+
+    with ThreadPoolExecutor(2) as threads, closing(NetworkStore("127.0.0.1")) as store:
+        assert list(threads.map(timeout, range(2))) == [timedelta(minutes=10)] * 2
+
+
 def test_a_rank_that_cannot_reach_the_store_says_so(monkeypatch):
     store = NetworkStore("127.0.0.1")
     store.close()

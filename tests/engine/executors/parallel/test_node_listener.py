@@ -1,8 +1,10 @@
 """Nodes that join node 0 over TCP, and strangers that connect to its port."""
 
 import logging
+import queue
 import socket
 import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -89,14 +91,14 @@ def test_strangers_do_not_stop_node_0(threads, listener, monkeypatch, caplog):
     for sent in STRANGERS.values():
         with socket.create_connection(("127.0.0.1", listener.port), timeout=30) as stranger:
             stranger.sendall(sent)
-            # the connection ends, after a challenge
+            # the connection ends, after a challenge and at most a refusal
             received = b""
             try:
                 while part := stranger.recv(1000):
                     received += part
             except ConnectionResetError:
                 continue
-            assert len(received) <= 48
+            assert not received[48:].strip(b"\0") and len(received) <= 80
     with pytest.raises(HandshakeError, match="refused the node key"):
         joined(listener.port, 1, key=b"wrong key, wrong key")
     for prefix in (struct.pack("!IIQ", 0, 2**20, 0), struct.pack("!IIQ", 0, 7, 0) + b"garbage"):
@@ -161,6 +163,39 @@ def test_a_node_that_leaves_may_come_again(threads, listener, caplog):
         nodes.start(7)
         assert first.recv() == second.recv() == StartRanks(7)
     assert "node 1 at 127.0.0.1 has left before the start" in caplog.text
+
+
+def test_the_last_node_to_join_may_have_left(threads, listener, caplog):
+    arrived = queue.SimpleQueue()
+
+    def refusal(join):
+        if not join.traits:
+            # the node has asked to join, and ends before it gets the answer
+            arrived.get(timeout=30).close()
+
+    found = gathering(threads, listener, {1: range(1, 2)}, refusal)
+    arrived.put(joined(listener.port, 1))
+    with leaving(listener.port, 1, {"again": "yes"}) as node, closing(found.result()) as nodes:
+        nodes.start(7)
+        assert node.recv() == StartRanks(7)
+    assert "node 1 at 127.0.0.1 has left before the start" in caplog.text
+
+
+def test_a_process_without_further_threads_closes_connections(threads, listener, monkeypatch):
+    found = gathering(threads, listener, {1: range(1, 2)})
+    with monkeypatch.context() as patch:
+
+        def start(thread):
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(threading.Thread, "start", start)
+        for _ in range(70):  # more than may greet together: their places are free again
+            with socket.create_connection(("127.0.0.1", listener.port), timeout=30) as one:
+                assert one.recv(48) == b""
+    channel = joined(listener.port, 1)
+    found.result().close()
+    channel.close()
+    assert not listener._arrivals.qsize() and listener._num_refused == 0
 
 
 def test_nodes_that_do_not_come_are_named(threads, listener):

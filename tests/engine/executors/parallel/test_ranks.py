@@ -7,7 +7,7 @@ import pytest
 
 from engine.executors.parallel import ranks as ranks_module
 from engine.executors.parallel.group import RankLostError
-from engine.executors.parallel.message_codec import encoded
+from engine.executors.parallel.message_codec import MessageError, encoded
 from engine.executors.parallel.messages import MeetOthers, RankDied
 from engine.executors.parallel.ranks import AFTER_ANOTHER, Ranks
 from tests.server.test_serve import ends
@@ -62,5 +62,7 @@ def test_messages_reach_their_ranks_and_no_dead_one(caplog):
 
 def test_a_node_passes_a_frame_on_to_each_of_its_ranks(caplog):
     with watched(started=range(4, 6)) as (ranks, deaths):
+        with pytest.raises(MessageError, match="for rank 1, which this machine does not have"):
+            ranks.pass_on(1, encoded(MeetOthers(7)))
         ranks.pass_on(0, encoded(MeetOthers(7)))
         assert codes(deaths, caplog) == {(4, 7), (5, 7)}

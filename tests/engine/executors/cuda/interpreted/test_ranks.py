@@ -168,7 +168,7 @@ def test_rank_0_frees_its_graphs_when_it_ends():
         assert not first._runner._graphs
 
 
-def test_a_gpu_that_cannot_hold_the_largest_step_is_told_from_an_error_of_all_ranks(monkeypatch):
+def test_a_gpu_that_cannot_hold_the_largest_step_raises_another_error_than_all_ranks(monkeypatch):
     monkeypatch.setattr(rank_sizing, "CudaDevice", lambda device: None)
     monkeypatch.setattr(rank_sizing, "GpuMemory", lambda device: None)
     monkeypatch.setattr(rank_sizing, "agreed_num_blocks", raiser(torch.OutOfMemoryError("full")))

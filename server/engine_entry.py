@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,29 +41,31 @@ def main(connection: Connection, settings: EngineSettings) -> None:
     keep_freed_memory()
     set_up_logs(settings.log_format)
     spread_over_nodes(os.sched_getaffinity(0))
-    try:
-        # at once: this process may be in a collective that the dead rank will never join
-        engine = build_engine(settings, serves_patches=True, on_rank_death=lambda: os._exit(1))
-        engine.warm_up()
-        engine.patches.prepare()
-    except (CheckpointError, ConfigError) as error:
-        connection.send(EngineRefused(str(error)))
-        return
-    except RankLostError as error:
-        connection.send(EngineRefused(str(error), is_failure=True))
-        return
-    except (MemoryError, OSError, RuntimeError) as error:
-        reason = lack_of_memory(error)
-        if reason is None:
-            raise
-        connection.send(EngineRefused(reason, is_failure=True))
-        return
-    # the loaded objects stay, so the garbage collector need not scan them again
-    gc.collect()
-    gc.freeze()
-    run_engine(engine, connection)
-    # otherwise the end of a rank whose connection is freed would look like a death
-    engine.close()
+    with ExitStack() as at_end:
+        try:
+            # at once: this process may be in a collective that the dead rank will never join
+            engine = build_engine(settings, serves_patches=True, on_rank_death=lambda: os._exit(1))
+            # also after an error. A rank whose connection is freed would seem to have died, and
+            # nccl would wait for the graphs
+            at_end.callback(engine.close)
+            engine.warm_up()
+            engine.patches.prepare()
+        except (CheckpointError, ConfigError) as error:
+            connection.send(EngineRefused(str(error)))
+            return
+        except RankLostError as error:
+            connection.send(EngineRefused(str(error), is_failure=True))
+            return
+        except (MemoryError, OSError, RuntimeError) as error:
+            reason = lack_of_memory(error)
+            if reason is None:
+                raise
+            connection.send(EngineRefused(reason, is_failure=True))
+            return
+        # the loaded objects stay, so the garbage collector need not scan them again
+        gc.collect()
+        gc.freeze()
+        run_engine(engine, connection)
 
 
 def build_engine(

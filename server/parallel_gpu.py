@@ -12,7 +12,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.cuda.rank_executors import FirstRankExecutor, OtherRankExecutor
-from engine.executors.cuda.rank_sizing import rank_settings, sized_rank
+from engine.executors.cuda.rank_sizing import StepTooLargeError, rank_settings, sized_rank
 from engine.executors.cuda.step import DeviceModel, DeviceRank
 from engine.executors.parallel.channel import Channel
 from engine.executors.parallel.device_group import DeviceGroup
@@ -219,6 +219,9 @@ def _run(
     except ConfigError as error:
         # rank 0 has an error too, and ends this process; earlier it would take its end for a death
         logger.error("rank %d ends: %s", settings.rank, error)
+        if isinstance(error, StepTooLargeError):
+            # rank 0 may have no error, and wait for this rank on its GPU
+            os._exit(1)
         connection.recv()
         raise
     follow(connection, model.device, executor.follow)

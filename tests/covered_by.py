@@ -163,7 +163,6 @@ COVERED_BY = {
     "server/replicas/router.py": "server/replicas/test_with_ray.py",
     "server/http/named_patches.py": "server/http/test_patch_routes.py",
     "server/http/patch_metrics.py": "server/http/test_served_patches.py",
-    "server/engine_entry.py": "server/test_served_model.py",
     "server/model_loading.py": "server/test_served_lookahead.py",
     "server/grammar_worker.py": "server/http/test_grammar_checker.py",
     "server/http/activity_log.py": "server/http/test_table_metrics.py",

@@ -9,6 +9,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.executors.parallel.messages import MeetOthers
 from engine.executors.parallel.shares import RankShare
 from server.config import EngineSettings, keep_nccl_local
 from server.engine_entry import build_engine
@@ -28,6 +29,7 @@ from weights.models.named_models import ModelFolder
 
 pytest.importorskip("triton")
 
+from engine.executors.cuda.rank_sizing import StepTooLargeError
 from server import parallel_gpu
 
 GIB = 2**30
@@ -96,6 +98,25 @@ def test_the_death_of_a_rank_ends_the_process(monkeypatch):
     ranks = SimpleNamespace(delete_store=lambda: calls.append("store"))
     parallel_gpu._end(ranks, lambda: calls.append("told"))
     assert calls == ["store", "told", 1]
+
+
+def test_a_rank_whose_gpu_cannot_hold_a_step_does_not_wait_for_rank_0(monkeypatch, caplog):
+    def fail(*arguments):
+        raise StepTooLargeError("max_batched_tokens: too large")
+
+    def end(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(parallel_gpu, "sized_rank", fail)
+    monkeypatch.setattr(os, "_exit", end)
+    # rank 0 sends no second message: it waits for this rank in a collective
+    received = iter([MeetOthers()])
+    connection = SimpleNamespace(send=lambda message: None, recv=lambda: next(received))
+    rank = SimpleNamespace(group=SimpleNamespace(meet=lambda *arguments: None))
+    settings = SimpleNamespace(rank=1, store=None)
+    with pytest.raises(SystemExit, match="1"):
+        parallel_gpu._run(connection, settings, EngineConfig(), SimpleNamespace(device=None), rank)
+    assert "rank 1 ends: max_batched_tokens: too large" in caplog.text
 
 
 @pytest.mark.slow

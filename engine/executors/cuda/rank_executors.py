@@ -26,7 +26,7 @@ class FirstRankExecutor(CudaExecutor):
     Rank 0 decides about the shape of each step, and about graphs. So all ranks launch, capture and
     replay the same collectives in the same order. At the start of a step, rank 0 sends the tokens
     that it chose last, which pending tokens stand for. If a step fails on any rank, no step can run
-    any more.
+    any more. If ``warm_up`` fails, only ``close`` may follow.
     """
 
     def __init__(
@@ -47,14 +47,6 @@ class FirstRankExecutor(CudaExecutor):
         """``SharedPatches.share``."""
         return self._patches.share(patch)
 
-    def warm_up(self) -> None:
-        """``CudaExecutor.warm_up``; if it fails, the other ranks end."""
-        try:
-            super().warm_up()
-        except BaseException:
-            self.close()
-            raise
-
     def launch(self, batch: Batch) -> CudaStep:
         try:
             return super().launch(batch)
@@ -69,10 +61,10 @@ class FirstRankExecutor(CudaExecutor):
             raise self._lost(error) from error
 
     def close(self) -> None:
-        """End the processes of the other ranks; does nothing the second time."""
+        """End the other ranks' processes, and free the graphs; does nothing the second time."""
         self._ranks.close()
         # a step may be in flight, and wait for the ranks that have ended
-        self._group.leave()
+        self._group.leave(self._runner.free_graphs)
 
     def _queue(
         self,

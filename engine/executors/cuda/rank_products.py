@@ -7,7 +7,6 @@ kernel computes the part, a collective joins the parts, and then bias and residu
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from engine.executors.cuda.kernels.rms_norm import Norm
 from engine.executors.cuda.products import Product, joined, weight_of
@@ -57,20 +56,18 @@ class GatheredHead(NamedTuple):
     Attributes:
         part: this rank's rows of the head.
         num_own: their number.
-        width: the largest number that a rank has.
+        gathered: gets the logits of all ranks.
     """
 
     part: Product
     num_own: int
-    width: int
-    group: Collectives
+    gathered: GatheredLogits
 
     def __call__(self, x_MK: Tensor, *, norm: Norm, out_MO: Tensor) -> Tensor:
         """Write the fp32 logits ``[M, vocabulary]`` to ``out``."""
         own_MW = out_MO.new_empty(len(x_MK), self.num_own)
         self.part(x_MK, norm=norm, out_MO=own_MW)
-        own_MW = pad(own_MW, (0, self.width - own_MW.shape[1]))
-        return out_MO.copy_(self.group.gather_columns(own_MW)[:, : out_MO.shape[1]])
+        return out_MO.copy_(self.gathered.of_all_ranks(own_MW))
 
 
 OutputProduct = Product | SummedProduct | GatheredProduct
@@ -93,4 +90,4 @@ def head_of(model: Transformer) -> Product | GatheredHead:
         return Product(weight_VD)
     assert isinstance(weight_VD, Tensor)
     own_WD = gathered.own_rows(weight_VD)
-    return GatheredHead(Product(own_WD), len(own_WD), gathered.width, gathered.group)
+    return GatheredHead(Product(own_WD), len(own_WD), gathered)

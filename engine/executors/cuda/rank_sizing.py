@@ -18,6 +18,10 @@ from engine.model.attention import KvMemoryError
 Made = TypeVar("Made", bound=CudaExecutor)
 
 
+class StepTooLargeError(ConfigError):
+    """The GPU of this rank cannot hold the largest step; the other ranks do not know it."""
+
+
 def rank_settings(config: EngineConfig, share: RankShare) -> EngineConfig:
     """The settings of one rank: the KV memory of its heads, and its part of the patches' memory."""
     heads = share.kv_config.num_kv_heads / share.config.num_kv_heads
@@ -38,14 +42,16 @@ def sized_rank(
     """The executor of one rank, from ``make``. All ranks call this at the same time.
 
     Raises:
-        ConfigError: a GPU cannot hold the KV blocks, or the largest step.
+        ConfigError: a GPU cannot hold the KV blocks; all ranks get this error.
+        StepTooLargeError: this rank's GPU cannot hold the largest step. Other ranks may wait for it
+            in a collective, so its process must end at once.
     """
     device = CudaDevice(model.device)
     try:
         num_blocks = agreed_num_blocks(model, config, rank, device, GpuMemory(model.device))
         return make(model, config, device, num_blocks)
     except (torch.OutOfMemoryError, KvMemoryError) as error:
-        raise ConfigError(
+        raise StepTooLargeError(
             "max_batched_tokens: the largest step does not fit in the memory of the GPU of"
             f" tensor-parallel rank {rank.share.rank}; lower --max-batched-tokens or"
             " --max-num-seqs, or use more ranks"

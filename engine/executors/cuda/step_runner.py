@@ -34,6 +34,10 @@ class StepRunner:
             {table.calls for table in self._disk_tables},
         )
 
+    def free_graphs(self) -> None:
+        """Free all graphs; steps run without one from now on."""
+        self._graphs.clear()
+
     def queue(
         self,
         shape: StepShape,

@@ -1,5 +1,6 @@
 """The collectives of tensor-parallel ranks on GPUs: over nccl, also within CUDA graphs."""
 
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from engine.executors.parallel.group import RankLostError
+from engine.executors.parallel.group import failed_exchange
 
 # bounds a collective that is launched without a graph, if a rank hangs; see ``DeviceGroup``
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 # bounds the wait in ``meet`` for the other ranks, all of which have loaded their share by then
 _MEETING_TIMEOUT = timedelta(minutes=1)
+# seconds in which nccl ends the collectives of a rank that leaves; most often it needs none
+_LEAVING_S = 5.0
 
 # (store, rank, size, timeout) to a process group of torch.distributed
 MakeGroup = Callable[[Any, int, int, timedelta], Any]
@@ -58,7 +61,7 @@ class DeviceGroup:
             meeting.set_timeout(_MEETING_TIMEOUT)
             self._joined = self._make(meeting, self.rank, self.size, _COLLECTIVE_TIMEOUT)
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise failed_exchange(error) from error
         # the first collective creates the communicator, which a graph's capture could not
         self.smallest(torch.zeros(1, device=device))
 
@@ -96,11 +99,20 @@ class DeviceGroup:
         self._run(lambda group: group.allreduce([x], distributed.ReduceOp.MIN))
         return x
 
-    def leave(self) -> None:
-        """End this rank's collectives, also one that waits for another rank; none may follow."""
+    def leave(self, free_graphs: Callable[[], None] = lambda: None) -> None:
+        """End this rank's collectives, also one that waits for another rank; none may follow.
+
+        ``free_graphs`` frees the graphs that have captured collectives: as long as one exists, nccl
+        does not end. If a graph is left, this waits for 5 seconds.
+        """
         joined, self._joined = self._joined, None
-        if joined is not None:
-            joined.abort()
+        if joined is None:
+            return
+        # first end a graph in flight: freeing it could wait for it
+        ending = threading.Thread(target=joined.abort, daemon=True)
+        ending.start()
+        free_graphs()
+        ending.join(_LEAVING_S)
 
     def _run(self, start: Callable[[Any], Any]) -> None:
         assert self._joined is not None, "the ranks have not met, or this one has left"
@@ -108,9 +120,4 @@ class DeviceGroup:
             # on a GPU, the current stream waits, not the host
             start(self._joined).wait()
         except RuntimeError as error:
-            raise _lost(error) from error
-
-
-def _lost(error: RuntimeError) -> RankLostError:
-    first_line = str(error).partition("\n")[0]
-    return RankLostError(f"a tensor-parallel rank cannot be reached: {first_line}")
+            raise failed_exchange(error) from error

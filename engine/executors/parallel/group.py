@@ -54,7 +54,7 @@ class RankGroup:
             # the default listens on an address that other machines can reach
             self._join(meeting, "127.0.0.1", _COLLECTIVE_TIMEOUT)
         except RuntimeError as error:
-            raise _failed(error) from error
+            raise failed_exchange(error) from error
         pids_1S = self.gather_columns(torch.tensor([[os.getpid()]]))
         if shared_memory.is_available():
             timeout_s = _COLLECTIVE_TIMEOUT.total_seconds()
@@ -77,7 +77,7 @@ class RankGroup:
         try:
             self._join(place.store(port), place.own, MEETING_TIMEOUT)
         except RuntimeError as error:
-            raise _failed(error) from error
+            raise failed_exchange(error) from error
         # no rank needs the store any more when all have come here; a firewall between two ranks
         # is noticed only now
         self.sum(torch.zeros(1))
@@ -145,16 +145,18 @@ class RankGroup:
         try:
             return self._memory.exchange(x)
         except RankGoneError as error:
-            raise _failed(error) from error
+            raise failed_exchange(error) from error
 
     def _run(self, start: Callable[[], Any]) -> None:
         try:
             start().wait()
         except RuntimeError as error:
-            raise _failed(error) from error
+            raise failed_exchange(error) from error
 
 
-def _failed(error: RuntimeError) -> RankLostError:
-    # gloo raises the same type for a lost connection and for other failures
-    first_line = str(error).partition("\n")[0]
-    return RankLostError(f"an exchange between tensor-parallel ranks failed: {first_line}")
+def failed_exchange(error: RuntimeError) -> RankLostError:
+    """The error for one of gloo or nccl, in one line; nccl gives the reason in its last lines."""
+    # both raise the same type for a lost connection and for other failures
+    message, _, _ = str(error).partition("Exception raised from")
+    text = " ".join(message.split())
+    return RankLostError(f"an exchange between tensor-parallel ranks failed: {text}")

@@ -62,9 +62,12 @@ class GatheredLogits:
 
     def __call__(self, hidden_LD: Tensor, weight_VD: Tensor) -> Tensor:
         """The product of the last hidden states with the head's whole weight ``[V, D]``."""
-        own_LW = self.own_logits(hidden_LD, weight_VD)
+        return self.of_all_ranks(self.own_logits(hidden_LD, weight_VD))
+
+    def of_all_ranks(self, own_LW: Tensor) -> Tensor:
+        """The logits of all tokens, from those of this rank's."""
         own_LW = pad(own_LW, (0, self.width - own_LW.shape[1]))
-        return self.group.gather_columns(own_LW)[:, : len(weight_VD)]
+        return self.group.gather_columns(own_LW)[:, : self.share.config.vocab_size]
 
     def own_rows(self, weight_VD: Tensor) -> Tensor:
         """The rows of the head's weight that this rank multiplies."""

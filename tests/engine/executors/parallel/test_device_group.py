@@ -1,5 +1,6 @@
 """The collectives of ranks on GPUs, over gloo, and the nccl group as torch makes it."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import distributed
 
+from engine.executors.parallel import device_group
 from engine.executors.parallel.device_group import DeviceGroup, nccl_group
 from engine.executors.parallel.group import RankLostError
 
@@ -57,12 +59,70 @@ def test_a_rank_whose_partner_has_left_gets_an_error(tmp_path):
         if group.rank == 1:
             group.leave()
             return
-        with pytest.raises(RankLostError, match="cannot be reached"):
+        with pytest.raises(RankLostError, match="an exchange between tensor-parallel ranks failed"):
             # some sums may still succeed from what was sent before
             for _ in range(100):
                 group.sum(torch.ones(2))
 
     assert run_ranks(2, tmp_path, work) == [None, None]
+
+
+class GraphGroup:
+    """Ends, like nccl, when the last graph that has captured its collectives is freed."""
+
+    def __init__(self):
+        self.begun, self.freed, self.ended = (threading.Event() for _ in range(3))
+
+    def abort(self):
+        self.begun.set()
+        self.freed.wait(30)
+        self.ended.set()
+
+    def allreduce(self, *arguments):
+        return SimpleNamespace(wait=lambda: None)
+
+
+def joined(group, folder):
+    """A rank of this group."""
+    rank = DeviceGroup(0, 1, lambda *arguments: group)
+    rank.meet(folder / "store", CPU)
+    return rank
+
+
+def test_a_rank_that_leaves_frees_its_graphs_while_nccl_ends(tmp_path):
+    group = GraphGroup()
+
+    def free():
+        # a graph in flight waits for a rank that has died, until nccl ends it
+        assert group.begun.wait(30) and not group.ended.is_set()
+        group.freed.set()
+
+    joined(group, tmp_path).leave(free)
+    assert group.ended.is_set()
+
+
+def test_a_rank_does_not_wait_for_a_graph_that_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_group, "_LEAVING_S", 0.0)
+    group = GraphGroup()
+    joined(group, tmp_path).leave()
+    assert not group.ended.is_set()
+    group.freed.set()
+    assert group.ended.wait(30)
+
+
+def test_an_error_has_the_reason_that_nccl_gives_last(tmp_path):
+    group = GraphGroup()
+    rank = joined(group, tmp_path)
+
+    def fail(*arguments):
+        raise RuntimeError(
+            "NCCL error in: a.cpp:1, unhandled system error\nLast error:\nNo space left on device\n"
+            "Exception raised from check at a.cpp:1 (most recent call first):\nframe #0: main"
+        )
+
+    group.allreduce = fail
+    with pytest.raises(RankLostError, match=r"error Last error: No space left on device$"):
+        rank.sum(torch.ones(1))
 
 
 def test_the_nccl_group_is_made_with_a_timeout(monkeypatch):

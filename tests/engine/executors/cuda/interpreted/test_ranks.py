@@ -12,7 +12,15 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.executors.batch import DeviceLostError, warm_up_batch
-from engine.executors.cuda.rank_sizing import agreed_num_blocks, rank_settings
+from engine.executors.cuda import rank_sizing
+from engine.executors.cuda.buckets import StepShape
+from engine.executors.cuda.rank_sizing import (
+    StepTooLargeError,
+    agreed_num_blocks,
+    rank_settings,
+    sized_rank,
+)
+from engine.executors.cuda.step import DeviceModel, DeviceRank
 from engine.executors.executor import make_executor
 from engine.executors.parallel.group import RankLostError
 from engine.executors.parallel.shares import RankShare
@@ -135,7 +143,7 @@ def test_lookups_are_counted_once_a_step():
 
 @pytest.mark.parametrize("is_warm_up", [True, False])
 def test_a_rank_that_waits_in_a_failed_step_ends(is_warm_up, monkeypatch, capfd):
-    left = pytest.raises(RankLostError, match="cannot be reached")
+    left = pytest.raises(RankLostError, match="an exchange between tensor-parallel ranks failed")
     with left, ranked_executor(model_of("dense"), CONFIG, 2) as (first, _):
         # the other rank has been sent the step
         failure = torch.OutOfMemoryError("the GPU is full")
@@ -146,8 +154,28 @@ def test_a_rank_that_waits_in_a_failed_step_ends(is_warm_up, monkeypatch, capfd)
         else:
             with pytest.raises(DeviceLostError, match="step failed: the GPU is full"):
                 first.launch(warm_up_batch())
-            first.close()
+        first.close()
     assert "RankLostError" in capfd.readouterr().err
+
+
+def test_rank_0_frees_its_graphs_when_it_ends():
+    # nccl does not end as long as one exists
+    with ranked_executor(model_of("dense"), CONFIG, 2) as (first, _):
+        graph = StepShape(1, 1, 1, True)
+        first._capture(graph)
+        assert graph in first._runner._graphs
+        first.close()
+        assert not first._runner._graphs
+
+
+def test_a_gpu_that_cannot_hold_the_largest_step_raises_another_error_than_all_ranks(monkeypatch):
+    monkeypatch.setattr(rank_sizing, "CudaDevice", lambda device: None)
+    monkeypatch.setattr(rank_sizing, "GpuMemory", lambda device: None)
+    monkeypatch.setattr(rank_sizing, "agreed_num_blocks", raiser(torch.OutOfMemoryError("full")))
+    model = model_of("dense")
+    rank = DeviceRank(RankShare(model.config, 1, 2), None)
+    with pytest.raises(StepTooLargeError, match="GPU of tensor-parallel rank 1; lower --max-batc"):
+        sized_rank(DeviceModel(model), CONFIG, rank, None)
 
 
 def raiser(error):

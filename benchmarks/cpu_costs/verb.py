@@ -1,7 +1,9 @@
 """The verb ``memplus bench cpu-costs`` and its options."""
 
 import argparse
+import importlib.util
 
+from engine.errors import ConfigError
 from server.cli.options import add_options
 from server.cli.output_options import add_output_file
 from server.config import ThreadOptions
@@ -9,6 +11,9 @@ from server.config import ThreadOptions
 
 def cpu_costs(options: argparse.Namespace) -> None:
     """Fit the CPU costs of `memplus plan` to steps of drawn models; takes minutes."""
+    if importlib.util.find_spec("scipy") is None:
+        problem = "needs scipy; install it with `pip install 'memplus[bench]'`"
+        raise ConfigError(f"bench cpu-costs: {problem}")
     from benchmarks.cpu_costs.run import measure
 
     measure(options.models, options.seed, options.json)

@@ -1,5 +1,6 @@
 """``memplus bench cpu-costs``: it finds the costs that steps were made of."""
 
+import importlib.util
 import json
 import random
 from dataclasses import asdict
@@ -101,3 +102,9 @@ def test_the_verb_times_models_and_writes_each_step(tmp_path, monkeypatch, capsy
 def test_there_must_be_a_model(capsys):
     assert main(["bench", "cpu-costs", "--models", "0"]) == 2
     assert "--models: must be at least 1, not 0" in capsys.readouterr().err
+
+
+def test_an_installation_without_scipy_is_told_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "cpu-costs"]) == 2
+    assert "bench cpu-costs: needs scipy" in capsys.readouterr().err

@@ -176,6 +176,8 @@ class NodeListener:
             reason: str | None = f"node_rank: there is no node {join.node}"
         elif join.node in links:
             reason = f"node_rank: {links[join.node]} has joined already"
+        elif join.num_blocks < 1:
+            reason = f"num_blocks: must be at least 1, not {join.num_blocks}"
         else:
             reason = refusal(join)
         if reason is None:

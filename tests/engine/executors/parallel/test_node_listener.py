@@ -38,10 +38,11 @@ def listener():
     made.close()
 
 
-def joined(port, node, traits=None, key=KEY):
-    """The channel of a node that has asked to join."""
+def joined(port, node, traits=None, num_blocks=None, key=KEY):
+    """The channel of a node that has asked to join, by default with 100 blocks per number."""
     channel = Channel(connect("127.0.0.1", port, key, 10.0), JoinAnswer, 10_000)
-    channel.send(NodeJoin(node, traits or {}, 100 * node))
+    blocks = 100 * node if num_blocks is None else num_blocks
+    channel.send(NodeJoin(node, traits or {}, blocks))
     return channel
 
 
@@ -134,21 +135,22 @@ def test_many_strangers_are_not_all_served(threads, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("node", "traits", "reason"),
+    ("node", "traits", "num_blocks", "reason"),
     [
-        (3, {}, "node_rank: there is no node 3"),
-        (0, {}, "node_rank: there is no node 0"),
-        (2, {}, "node_rank: node 2 at 127.0.0.1 has joined already"),
-        (1, {"config": "other"}, "config: differs"),
+        (3, {}, 1, "node_rank: there is no node 3"),
+        (0, {}, 1, "node_rank: there is no node 0"),
+        (2, {}, 1, "node_rank: node 2 at 127.0.0.1 has joined already"),
+        (1, {"config": "other"}, 1, "config: differs"),
+        (1, {}, 0, "num_blocks: must be at least 1, not 0"),
     ],
 )
-def test_a_node_that_does_not_fit_learns_why(threads, listener, node, traits, reason):
+def test_a_node_that_does_not_fit_learns_why(threads, listener, node, traits, num_blocks, reason):
     def refusal(join):
         return "config: differs" if join.traits else None
 
     found = gathering(threads, listener, refusal=refusal)
     with leaving(listener.port, 2) as second:
-        with leaving(listener.port, node, traits) as channel:
+        with leaving(listener.port, node, traits, num_blocks) as channel:
             assert channel.recv() == JoinRefused(reason)
         with leaving(listener.port, 1) as first, closing(found.result()) as nodes:
             nodes.start(7)

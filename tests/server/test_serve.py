@@ -1,6 +1,7 @@
 """``memplus serve`` as processes: shutdown, restarts, limits, and errors at start."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -21,9 +22,12 @@ from tests.server.running import running
 
 
 def children(pid: int) -> list[int]:
-    # /proc lists a child under the thread that started it
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
+    found: list[int] = []
+    # /proc lists a child under the thread that started it, and a thread may end meanwhile
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, task.read_text().split())
+    return found
 
 
 def maps(pid: int) -> str:

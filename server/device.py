@@ -52,16 +52,16 @@ def _choice(model: ModelOptions, cpu_setting: str | None) -> tuple[torch.device,
         return torch.device("cpu"), f"auto: --{cpu_setting.replace('_', '-')} needs the CPU"
     index = int(option.partition(":")[2] or 0)
     problem = _problem(index)
-    if problem is None and model.tensor_parallel > 1:
-        problem = _ranks_problem(index, model.tensor_parallel)
-        if problem is not None and option != "auto":
-            raise ConfigError(f"tensor_parallel: {problem}; use --device cpu")
     if problem is None and cpu_setting:
         setting = cpu_setting.replace(" ", ": ", 1)
         hint = "use --device cpu"
         if model.weight_dtype != "auto":
             hint += ", or serve a folder that `memplus quantize --weight-dtype` wrote"
         raise ConfigError(f"{setting} is not supported on a GPU yet; {hint}")
+    if problem is None and model.tensor_parallel > 1:
+        problem = _ranks_problem(index, model.tensor_parallel)
+        if problem is not None and option != "auto":
+            raise ConfigError(f"tensor_parallel: {problem}; use --device cpu")
     if problem is None:
         reason = "auto takes a usable GPU" if option == "auto" else f"--device {option}"
         return torch.device("cuda", index), reason

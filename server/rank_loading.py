@@ -64,7 +64,7 @@ def checked_share(options: ModelOptions, folder: Path, engine: EngineConfig) -> 
 
 
 def loaded_or_refused(connection: Channel, load: Callable[[], Loaded]) -> Loaded | None:
-    """What ``load`` returns; None after a ``RankRefused`` to rank 0 if this rank cannot load.
+    """Call ``load`` and return its result. If this rank cannot load, tell rank 0 and return None.
 
     Errors that are neither about the model, nor a setting, nor too little memory go through.
     """

@@ -55,7 +55,7 @@ def measure(models: int, seed: int, json_file: Path | None) -> None:
 
 
 def _errors(samples: Sequence[Sample], costs: CpuCosts, threads: int) -> np.ndarray:
-    """How much faster than measured each step was planned; 0 is exact."""
+    """Planned speed over measured speed, minus 1, of each step."""
     planned = [
         planned_seconds(one, costs, efficiency=EFFICIENCY, threads=threads) for one in samples
     ]

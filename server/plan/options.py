@@ -284,7 +284,7 @@ class PlanOptions:
 
 
 def _origin(given: Sequence[float | None], otherwise: str) -> str:
-    """Where limits come from, of which those not None are given."""
+    """The source of limits: the user gave those that are not None."""
     if None not in given:
         return "given"
     return otherwise if set(given) == {None} else f"partly given, partly {otherwise}"

@@ -38,7 +38,7 @@ def sampled_hash(tensors: Iterable[StoredTensor]) -> str:
 
 
 def _offsets(num_bytes: int) -> list[int]:
-    """Where samples begin: the first at the start, the last one ends with the tensor."""
+    """Offsets of the samples. The first is at the start, and the last ends with the tensor."""
     if num_bytes <= _SAMPLES * _SAMPLE_BYTES:
         return list(range(0, num_bytes, _SAMPLE_BYTES))
     last = num_bytes - _SAMPLE_BYTES
